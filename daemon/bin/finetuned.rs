@@ -1,0 +1,3 @@
+//! `finetuned`: the program.
+
+fn main() {}

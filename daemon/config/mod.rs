@@ -1,0 +1,3 @@
+//! The TOML files a person writes.
+
+pub mod spec;
