@@ -1,1 +1,8 @@
-//! Placeholder head; written with its first content.
+//! The training loop: schedule, micro-step, step, evaluation, and the run from spec to results.
+
+pub mod gate;
+pub mod observer;
+pub mod prepare;
+pub mod run;
+pub mod schedule;
+pub mod trainer;

@@ -1,0 +1,692 @@
+//! A run from spec to results.
+//!
+//! ```text
+//!   prepare ──► resume or begin ──► loop:  evaluate if due ──► commit if due ──► step ──┐
+//!                                     ▲                                                 │
+//!                                     └─────────────────────────────────────────────────┘
+//!   gate says stop (asked before every micro-step and every held-out batch) ──► commit ──► Stopped
+//!   last step done, or no improvement for long enough ──► adapter, summary ──► Finished
+//!   loss or gradient not finite ──► Diverged (nothing is committed: the last checkpoint is good)
+//! ```
+//!
+//! The result is a function of (base, data, spec, seed, backend): everything in [`TrainingState`] and the four sets of
+//! tensors is in the checkpoint, and nothing else influences a bit.
+
+use super::gate::{Gate, Pace};
+use super::observer::{EvaluationRecord, Event, Observer, StepRecord};
+use super::prepare::{self, PrepareError, Prepared};
+use super::schedule::Schedule;
+use super::trainer::Trainer;
+use crate::backend::Backend;
+use crate::checkpoint::{
+    self, CheckpointError, CheckpointRef, FileError, Identity, IdentityMismatch, LockError, MetricsError, MetricsLog,
+    OutputLock, PeftError, Store, TensorRef, TrainerState, TrainingState,
+};
+use crate::clock::Clock;
+use crate::config::spec::Spec;
+use crate::data::{EpochPlan, Sequence, TokenRows};
+use crate::model::adapter::Adapter;
+use crate::model::decoder::Decoder;
+use crate::model::memory::MemoryPlan;
+use crate::reason::Reason;
+use crate::units::Bytes;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Where a run reads and writes.
+#[derive(Clone, Debug)]
+pub struct RunPaths {
+    /// Results and checkpoints.
+    pub output: PathBuf,
+    /// Quantised bases and tokens, shared between runs.
+    pub cache: PathBuf,
+}
+
+/// Why a run ended without a result.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Nothing was trained.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The output directory is in use.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The output directory holds another run's results.
+    #[error(
+        "{output} already holds a run: continue it with --resume, or choose another --output",
+        output = .output.display()
+    )]
+    Occupied {
+        /// The directory.
+        output: PathBuf,
+    },
+    /// The checkpoint was made from something else.
+    #[error("cannot resume {checkpoint}: {mismatch}", checkpoint = .checkpoint.display())]
+    Changed {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// What differs.
+        mismatch: IdentityMismatch,
+    },
+    /// The checkpoint's tensors are not those of this run.
+    #[error("cannot resume {checkpoint}: {why}", checkpoint = .checkpoint.display())]
+    Misfit {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// What differs.
+        why: String,
+    },
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A result could not be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The metrics could not be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The adapter could not be written.
+    #[error(transparent)]
+    Adapter(#[from] PeftError),
+    /// Loss or gradient is not finite.
+    #[error(
+        "{what} is {value} in step {step} (epoch {epoch}, rows {rows}): the run stops here; {last}. A lower \
+         learning_rate or max_grad_norm, or removing those rows, may help"
+    )]
+    Diverged {
+        /// "the loss" or "the gradient norm".
+        what: &'static str,
+        /// NaN or infinity.
+        value: f64,
+        /// The step that was being computed, from 1.
+        step: u64,
+        /// Its epoch, from 0.
+        epoch: u64,
+        /// The rows of the micro-step or step, as file:line.
+        rows: String,
+        /// The last good checkpoint, in words.
+        last: String,
+    },
+}
+
+/// What a finished run found, as it stands in `summary.json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// Name of the run.
+    pub name: String,
+    /// Completed steps.
+    pub steps: u64,
+    /// Passes over the data.
+    pub epochs: f64,
+    /// Held-out loss before the first step.
+    pub baseline_eval_loss: Option<f64>,
+    /// Lowest held-out loss.
+    pub best_eval_loss: Option<f64>,
+    /// Step of the lowest held-out loss.
+    pub best_step: Option<u64>,
+    /// Held-out loss after the last step.
+    pub last_eval_loss: Option<f64>,
+    /// Loss of the last step.
+    pub last_loss: Option<f64>,
+    /// Step whose adapter is in `adapter/`: the best one where there is held-out data, else the last.
+    pub adapter_step: u64,
+    /// Whether held-out loss stopped improving.
+    pub stopped_early: bool,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Seconds of computing, over all attempts.
+    pub seconds: f64,
+    /// Tokens per second of computing.
+    pub tokens_per_second: f64,
+    /// Largest resident set of this attempt, in bytes.
+    pub peak_memory_bytes: Option<u64>,
+    /// What the plan had predicted, in bytes.
+    pub planned_memory_bytes: u64,
+    /// Adapter parameters.
+    pub trainable_parameters: u64,
+    /// All parameters, as PEFT counts them.
+    pub total_parameters: u64,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// All done; the adapter is written.
+    Finished {
+        /// What was found.
+        summary: Box<Summary>,
+        /// PEFT adapter directory.
+        adapter: PathBuf,
+    },
+    /// Stopped by the gate; continues from this checkpoint.
+    Stopped {
+        /// Why.
+        reason: Reason,
+        /// The checkpoint.
+        checkpoint: PathBuf,
+    },
+}
+
+/// Runs `spec`. With `resume`, continues where a checkpoint is there and starts where none is.
+pub fn run(
+    spec: &Spec,
+    paths: &RunPaths,
+    resume: bool,
+    gate: &mut dyn Gate,
+    observer: &mut dyn Observer,
+    clock: &dyn Clock,
+) -> Result<Outcome, RunError> {
+    let _lock = OutputLock::acquire(&paths.output)?;
+    let checkpoints = paths.output.join("checkpoints");
+    let occupied = paths.output.join("metrics.jsonl").exists() || checkpoints.exists();
+    if occupied && !resume {
+        return Err(RunError::Occupied { output: paths.output.clone() });
+    }
+    let backend = prepare::cpu_backend(spec)?;
+    checkpoint::atomic_write(&paths.output.join("spec.resolved.toml"), spec.to_toml().as_bytes())?;
+    let quarantine = paths.output.join("quarantine.jsonl");
+    let prepared = prepare::prepare(spec, &paths.cache, Some(&quarantine), observer)?;
+    let plan = prepare::memory_plan(spec, &backend, &prepared);
+    let store = Store::open(&checkpoints)?;
+    Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?.drive(gate, observer, clock)
+}
+
+/// A run in progress.
+struct Run<'a, B: Backend> {
+    spec: &'a Spec,
+    output: &'a Path,
+    trainer: Trainer<B>,
+    train: TokenRows,
+    eval: Option<(TokenRows, EpochPlan)>,
+    schedule: Schedule,
+    total_steps: u64,
+    epochs: f64,
+    total_parameters: u64,
+    planned: Bytes,
+    store: Store,
+    metrics: MetricsLog,
+    state: TrainingState,
+    /// Plan of the state's epoch.
+    plan: EpochPlan,
+    /// Step of the latest evaluation.
+    evaluated: Option<u64>,
+    /// Position of the latest commit, `(step, micro_step)`.
+    committed: Option<(u64, u64)>,
+    last_checkpoint: Option<PathBuf>,
+    last_loss: Option<f64>,
+    /// Seconds computed within the current step.
+    step_seconds: f64,
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    fn new(
+        spec: &'a Spec,
+        paths: &'a RunPaths,
+        backend: B,
+        prepared: Prepared,
+        plan: MemoryPlan,
+        store: Store,
+        resume: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<Self, RunError> {
+        let Prepared { tokenizer, data, base, layout, initial } = prepared;
+        let identity = Identity {
+            base: base.hash.clone(),
+            data: data.hash.clone(),
+            template: tokenizer.template_hash(),
+            tokenizer: tokenizer.tokenizer_hash(),
+            spec: spec.result_hash(),
+            init_adapter: initial.as_ref().map(|(_, hash)| hash.clone()),
+            backend: backend.identity(),
+        };
+        let steps = prepare::count_steps(spec, &data.train);
+        let capacity = prepare::largest_micro_batch(spec, &data).tokens.max(1);
+        let total_parameters = base.total_parameters() + layout.parameters();
+        drop(tokenizer); // tens of megabytes, not needed while training
+        let decoder = Decoder::new(backend, base);
+        let mut trainer = Trainer::new(decoder, layout, spec.run.seed, capacity, plan.recompute);
+        if let Some((values, _)) = initial {
+            set(&trainer.decoder.backend, &mut trainer.adapter, &values);
+        }
+        let found = if resume { store.load_latest()? } else { None };
+        let resumed = found.is_some();
+        let metrics_path = paths.output.join("metrics.jsonl");
+        let (state, metrics, last_checkpoint) = match found {
+            Some((path, found)) => {
+                found
+                    .state
+                    .identity
+                    .check(&identity)
+                    .map_err(|mismatch| RunError::Changed { checkpoint: path.clone(), mismatch })?;
+                let misfit = |why| RunError::Misfit { checkpoint: path.clone(), why };
+                let layout = &trainer.layout;
+                let order = |tensors: &[_]| prepare::in_layout_order(layout, tensors).map_err(misfit);
+                let (parameters, m, v) =
+                    (order(&found.parameters)?, order(&found.adam_m)?, order(&found.adam_v)?);
+                let gradients =
+                    if found.gradients.is_empty() { None } else { Some(order(&found.gradients)?) };
+                let backend = &trainer.decoder.backend;
+                set(backend, &mut trainer.adapter, &parameters);
+                set(backend, &mut trainer.m, &m);
+                set(backend, &mut trainer.v, &v);
+                if let Some(gradients) = gradients {
+                    set(backend, &mut trainer.gradients, &gradients);
+                }
+                (found.state.clone(), MetricsLog::resume(&metrics_path, found.state.step)?, Some(path))
+            }
+            None => (fresh_state(identity), MetricsLog::create(&metrics_path)?, None),
+        };
+        observer.observe(Event::Started { step: state.step, total: steps.total, resumed });
+        let eval = data.eval.filter(|rows| !rows.is_empty()).map(|rows| {
+            let plan = EpochPlan::new(&rows, spec.data.sequence_length, spec.data.packing, false, spec.run.seed, 0);
+            (rows, plan)
+        });
+        let evaluated = state.log_history.iter().rev().find_map(|entry| {
+            entry.get("eval_loss").and_then(|_| entry.get("step")).and_then(|step| step.as_u64())
+        });
+        let last_loss = state.log_history.iter().rev().find_map(|entry| entry.get("loss").and_then(|l| l.as_f64()));
+        let committed = last_checkpoint.as_ref().map(|_| (state.step, state.micro_step));
+        Ok(Self {
+            spec,
+            output: &paths.output,
+            plan: epoch_plan(spec, &data.train, state.epoch),
+            train: data.train,
+            eval,
+            schedule: Schedule::new(&spec.train, steps.total),
+            total_steps: steps.total,
+            epochs: steps.epochs,
+            total_parameters,
+            planned: plan.total(),
+            store,
+            metrics,
+            state,
+            evaluated,
+            committed,
+            last_checkpoint,
+            last_loss,
+            step_seconds: 0.0,
+            trainer,
+        })
+    }
+
+    fn drive(
+        mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Outcome, RunError> {
+        loop {
+            if self.state.micro_step == 0 {
+                let mut improved = false;
+                if self.evaluation_due() {
+                    match self.evaluate(gate, observer, clock)? {
+                        Ok(better) => improved = better,
+                        Err(reason) => return self.stop(reason, observer),
+                    }
+                }
+                let every = self.spec.train.checkpoint_every;
+                let due = every > 0 && self.state.step > 0 && self.state.step.is_multiple_of(every);
+                let finished = self.finished();
+                if due || improved || finished {
+                    self.commit(observer)?;
+                }
+                if finished {
+                    return self.finish();
+                }
+            }
+            if let Err(reason) = self.step(gate, observer, clock)? {
+                return self.stop(reason, observer);
+            }
+        }
+    }
+
+    fn stopped_early(&self) -> bool {
+        let patience = self.spec.train.early_stopping_patience;
+        patience > 0 && self.state.evals_without_improvement >= patience
+    }
+
+    fn finished(&self) -> bool {
+        self.state.step >= self.total_steps || self.stopped_early()
+    }
+
+    fn evaluation_due(&self) -> bool {
+        let every = self.spec.train.evaluate_every;
+        let step = self.state.step;
+        let due = step == 0 || step >= self.total_steps || (every > 0 && step.is_multiple_of(every));
+        self.eval.is_some() && due && self.evaluated != Some(step)
+    }
+
+    /// Waits until the gate lets the next piece of work through.
+    fn wait(gate: &mut dyn Gate, clock: &dyn Clock) -> Result<(), Reason> {
+        loop {
+            match gate.pace() {
+                Pace::Run => return Ok(()),
+                Pace::Wait(duration) => clock.sleep(duration),
+                Pace::Stop(reason) => return Err(reason),
+            }
+        }
+    }
+
+    /// Held-out loss; whether it is the best so far.
+    fn evaluate(
+        &mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Result<bool, Reason>, RunError> {
+        let Some((rows, plan)) = &self.eval else { return Ok(Ok(false)) };
+        let (mut loss_sum, mut labelled) = (0.0, 0);
+        let n = self.spec.train.micro_batch_size;
+        for first in (0..plan.len()).step_by(n) {
+            if let Err(reason) = Self::wait(gate, clock) {
+                return Ok(Err(reason));
+            }
+            observer.observe(Event::Evaluating(first, plan.len()));
+            let batch: Vec<_> =
+                (first..plan.len().min(first + n)).map(|i| (plan.sequence(rows, i), 0)).collect();
+            let found = self.trainer.evaluate(&batch, loss_sum);
+            loss_sum = found.loss_sum;
+            labelled += found.labelled;
+        }
+        let record = EvaluationRecord { step: self.state.step, eval_loss: loss_sum / labelled.max(1) as f64 };
+        let state = &mut self.state;
+        if state.step == 0 {
+            state.baseline_loss = Some(record.eval_loss);
+        }
+        state.last_eval_loss = Some(record.eval_loss);
+        // NaN is never an improvement.
+        let improved = state.best_eval_loss.is_none_or(|best| record.eval_loss < best);
+        if improved {
+            state.best_eval_loss = Some(record.eval_loss);
+            state.best_step = Some(state.step);
+            state.evals_without_improvement = 0;
+        } else {
+            state.evals_without_improvement += 1;
+        }
+        let epoch = self.epoch_fraction();
+        self.state.log_history.push(serde_json::json!({
+            "epoch": epoch, "eval_loss": record.eval_loss, "step": record.step
+        }));
+        self.metrics.append(&serde_json::json!({ "step": record.step, "eval_loss": record.eval_loss }))?;
+        self.evaluated = Some(self.state.step);
+        observer.observe(Event::Evaluated(record));
+        Ok(Ok(improved))
+    }
+
+    /// Epochs passed, with a fraction.
+    fn epoch_fraction(&self) -> f64 {
+        self.state.epoch as f64 + self.state.sequence_index as f64 / self.plan.len().max(1) as f64
+    }
+
+    /// One optimizer step, from wherever the state is within it.
+    fn step(
+        &mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Result<(), Reason>, RunError> {
+        if self.state.sequence_index as usize >= self.plan.len() {
+            self.state.epoch += 1;
+            self.state.sequence_index = 0;
+            self.plan = epoch_plan(self.spec, &self.train, self.state.epoch);
+        }
+        let first = self.state.sequence_index as usize - self.state.micro_step as usize;
+        let last = (first + prepare::sequences_per_step(self.spec)).min(self.plan.len());
+        while (self.state.sequence_index as usize) < last {
+            if let Err(reason) = Self::wait(gate, clock) {
+                return Ok(Err(reason));
+            }
+            let from = self.state.sequence_index as usize;
+            let to = (from + self.spec.train.micro_batch_size).min(last);
+            let started = clock.monotonic();
+            let batch: Vec<(Sequence, u64)> = (from..to)
+                .map(|i| (self.plan.sequence(&self.train, i), dropout_key(self.spec.run.seed, self.state.epoch, i)))
+                .collect();
+            let found = self.trainer.micro_step(&batch, self.state.loss_sum);
+            let seconds = (clock.monotonic() - started).as_secs_f64();
+            if !found.loss_sum.is_finite() {
+                return Err(self.diverged("the loss", found.loss_sum, from..to));
+            }
+            let state = &mut self.state;
+            state.loss_sum = found.loss_sum;
+            state.labelled += found.labelled;
+            state.tokens_in_step += found.tokens;
+            state.total_tokens += found.tokens;
+            state.total_seconds += seconds;
+            state.sequence_index = to as u64;
+            state.micro_step = (to - first) as u64;
+            self.step_seconds += seconds;
+            observer.observe(Event::MicroStep {
+                step: state.step,
+                done: to - first,
+                of: last - first,
+                tokens: found.tokens as usize,
+            });
+        }
+        let started = clock.monotonic();
+        let labelled = self.state.labelled.max(1);
+        let norm = self.trainer.gradient_norm(labelled);
+        if !norm.is_finite() {
+            return Err(self.diverged("the gradient norm", norm, first..last));
+        }
+        let update = self.trainer.update(&self.spec.train, &self.schedule, self.state.step, labelled, norm);
+        let seconds = (clock.monotonic() - started).as_secs_f64();
+        self.state.total_seconds += seconds;
+        self.step_seconds += seconds;
+        let tokens = self.state.tokens_in_step;
+        self.state.step += 1;
+        self.state.micro_step = 0;
+        let record = StepRecord {
+            step: self.state.step,
+            epoch: self.epoch_fraction(),
+            loss: self.state.loss_sum / labelled as f64,
+            grad_norm: update.grad_norm,
+            learning_rate: update.learning_rate,
+            tokens,
+            tokens_per_second: tokens as f64 / self.step_seconds.max(1e-9),
+        };
+        self.state.loss_sum = 0.0;
+        self.state.labelled = 0;
+        self.state.tokens_in_step = 0;
+        self.step_seconds = 0.0;
+        self.last_loss = Some(record.loss);
+        self.state.log_history.push(serde_json::json!({
+            "epoch": record.epoch,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "loss": record.loss,
+            "step": record.step,
+        }));
+        if let Ok(line) = serde_json::to_value(&record) {
+            self.metrics.append(&line)?;
+        }
+        observer.observe(Event::Step(record));
+        Ok(Ok(()))
+    }
+
+    fn diverged(&self, what: &'static str, value: f64, sequences: std::ops::Range<usize>) -> RunError {
+        let mut rows: Vec<String> = sequences
+            .flat_map(|i| self.plan.rows(i))
+            .map(|&row| {
+                let (file, line) = self.train.origin(row as usize);
+                let file = self.spec.data.train.get(file).map(|p| p.display().to_string()).unwrap_or_default();
+                format!("{file}:{line}")
+            })
+            .collect();
+        let more = rows.len().saturating_sub(8);
+        rows.truncate(8);
+        if more > 0 {
+            rows.push(format!("and {more} more"));
+        }
+        RunError::Diverged {
+            what,
+            value,
+            step: self.state.step + 1,
+            epoch: self.state.epoch,
+            rows: rows.join(", "),
+            last: match &self.last_checkpoint {
+                Some(path) => format!("the last good checkpoint is {}", path.display()),
+                None => "there is no checkpoint yet".into(),
+            },
+        }
+    }
+
+    fn stop(mut self, reason: Reason, observer: &mut dyn Observer) -> Result<Outcome, RunError> {
+        let checkpoint = self.commit(observer)?;
+        observer.observe(Event::Stopped(reason));
+        Ok(Outcome::Stopped { reason, checkpoint })
+    }
+
+    /// Makes the state durable, and the records that go with it.
+    fn commit(&mut self, observer: &mut dyn Observer) -> Result<PathBuf, RunError> {
+        self.metrics.sync()?;
+        let layout = &self.trainer.layout;
+        let backend = &self.trainer.decoder.backend;
+        let names: Vec<String> = (0..layout.tensors()).map(|i| layout.name(i)).collect();
+        let shapes: Vec<[usize; 2]> = (0..layout.tensors()).map(|i| layout.shape(i)).collect();
+        let read = |adapter: &Adapter<B>| -> Vec<Vec<f32>> {
+            (0..layout.tensors()).map(|i| adapter.read(backend, layout, i)).collect()
+        };
+        let (parameters, m, v) = (read(&self.trainer.adapter), read(&self.trainer.m), read(&self.trainer.v));
+        let gradients =
+            if self.state.micro_step == 0 { Vec::new() } else { read(&self.trainer.gradients) };
+        let path = self.store.commit(&CheckpointRef {
+            state: &self.state,
+            parameters: borrow(&names, &shapes, &parameters),
+            adam_m: borrow(&names, &shapes, &m),
+            adam_v: borrow(&names, &shapes, &v),
+            gradients: borrow(&names, &shapes, &gradients),
+        })?;
+        self.committed = Some((self.state.step, self.state.micro_step));
+        self.last_checkpoint = Some(path.clone());
+        checkpoint::atomic_write(&self.output.join("trainer_state.json"), self.trainer_state().as_bytes())?;
+        self.store.prune(self.spec.train.keep_checkpoints.max(1), self.state.best_step)?;
+        observer.observe(Event::Committed(path.clone()));
+        Ok(path)
+    }
+
+    fn trainer_state(&self) -> String {
+        let s = &self.state;
+        TrainerState {
+            best_global_step: s.best_step,
+            best_metric: s.best_eval_loss,
+            best_model_checkpoint: s
+                .best_step
+                .map(|step| self.output.join("checkpoints").join(format!("{step:08}")).display().to_string()),
+            epoch: self.epoch_fraction(),
+            eval_steps: self.spec.train.evaluate_every,
+            global_step: s.step,
+            log_history: s.log_history.clone(),
+            max_steps: self.total_steps,
+            num_input_tokens_seen: s.total_tokens,
+            num_train_epochs: self.epochs.ceil() as u64,
+            save_steps: self.spec.train.checkpoint_every,
+            train_batch_size: Some(self.spec.train.micro_batch_size as u64),
+            ..TrainerState::default()
+        }
+        .to_json()
+    }
+
+    fn finish(self) -> Result<Outcome, RunError> {
+        let s = &self.state;
+        let layout = &self.trainer.layout;
+        // The best adapter where there is held-out data to tell, else the last.
+        let adapter_step = s.best_step.unwrap_or(s.step);
+        let values = if adapter_step == s.step {
+            let backend = &self.trainer.decoder.backend;
+            (0..layout.tensors()).map(|i| self.trainer.adapter.read(backend, layout, i)).collect()
+        } else {
+            let best = self.store.load(adapter_step)?;
+            let checkpoint = self.output.join("checkpoints").join(format!("{adapter_step:08}"));
+            prepare::in_layout_order(layout, &best.parameters)
+                .map_err(|why| RunError::Misfit { checkpoint, why })?
+        };
+        let names: Vec<String> = (0..layout.tensors()).map(|i| layout.name(i)).collect();
+        let shapes: Vec<[usize; 2]> = (0..layout.tensors()).map(|i| layout.shape(i)).collect();
+        let tensors = borrow(&names, &shapes, &values);
+        let adapter = self.output.join("adapter");
+        let summary = Summary {
+            name: self.spec.run.name.clone(),
+            steps: s.step,
+            epochs: self.epoch_fraction(),
+            baseline_eval_loss: s.baseline_loss,
+            best_eval_loss: s.best_eval_loss,
+            best_step: s.best_step,
+            last_eval_loss: s.last_eval_loss,
+            last_loss: self.last_loss,
+            adapter_step,
+            stopped_early: self.stopped_early() && s.step < self.total_steps,
+            tokens: s.total_tokens,
+            seconds: s.total_seconds,
+            tokens_per_second: s.total_tokens as f64 / s.total_seconds.max(1e-9),
+            peak_memory_bytes: prepare::peak_memory().map(|b| b.0),
+            planned_memory_bytes: self.planned.0,
+            trainable_parameters: layout.parameters(),
+            total_parameters: self.total_parameters,
+        };
+        let loss = |value: Option<f64>| value.map_or("none".into(), |l| format!("{l:.4}"));
+        let facts = [
+            ("Steps", s.step.to_string()),
+            ("Tokens", s.total_tokens.to_string()),
+            ("Held-out loss before", loss(s.baseline_loss)),
+            ("Held-out loss after", loss(s.best_eval_loss.or(s.last_eval_loss))),
+        ];
+        checkpoint::peft::write_adapter_with_card(
+            &adapter,
+            &prepare::adapter_config(self.spec),
+            &tensors,
+            &facts,
+        )?;
+        let mut json = serde_json::to_vec_pretty(&summary).unwrap_or_default();
+        json.push(b'\n');
+        checkpoint::atomic_write(&self.output.join("summary.json"), &json)?;
+        Ok(Outcome::Finished { summary: Box::new(summary), adapter })
+    }
+}
+
+/// Tensors in the order of a layout as the checkpoint takes them.
+fn borrow<'t>(names: &'t [String], shapes: &'t [[usize; 2]], values: &'t [Vec<f32>]) -> Vec<TensorRef<'t>> {
+    let named = names.iter().zip(shapes).zip(values);
+    named.map(|((name, shape), data)| TensorRef { name, shape, data }).collect()
+}
+
+fn set<B: Backend>(backend: &B, adapter: &mut Adapter<B>, values: &[Vec<f32>]) {
+    for (tensor, values) in adapter.tensors.iter_mut().zip(values) {
+        backend.write(tensor, values);
+    }
+}
+
+fn epoch_plan(spec: &Spec, rows: &TokenRows, epoch: u64) -> EpochPlan {
+    let data = &spec.data;
+    EpochPlan::new(rows, data.sequence_length, data.packing, data.shuffle, spec.run.seed, epoch)
+}
+
+/// Dropout key of a sequence: a function of the run and of the sequence's place in it, not of the batch.
+fn dropout_key(seed: u64, epoch: u64, index: usize) -> u64 {
+    // splitmix64's finaliser (Steele et al., OOPSLA 2014) over the three numbers.
+    let mut z = seed ^ epoch.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (index as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn fresh_state(identity: Identity) -> TrainingState {
+    TrainingState {
+        step: 0,
+        micro_step: 0,
+        epoch: 0,
+        sequence_index: 0,
+        loss_sum: 0.0,
+        labelled: 0,
+        tokens_in_step: 0,
+        total_tokens: 0,
+        total_seconds: 0.0,
+        best_eval_loss: None,
+        best_step: None,
+        evals_without_improvement: 0,
+        baseline_loss: None,
+        last_eval_loss: None,
+        log_history: Vec::new(),
+        identity,
+    }
+}
