@@ -2,4 +2,6 @@
 
 pub use frozen::{Absmax, Blob, DenseMatrix, Dtype, FrozenMatrix, Nf4Matrix};
 
+pub mod nf4;
+
 mod frozen;

@@ -1,1 +1,3 @@
-//! Placeholder head; written with its first content.
+//! The decoder: its shape, its frozen weights, its passes.
+
+pub mod config;
