@@ -190,7 +190,7 @@ fn pack(quotients: &[f32; BLOCK], codes: &mut [u8; BLOCK / 2]) {
     let mut count = [0i32; BLOCK];
     for (count, &q) in count.iter_mut().zip(quotients) {
         for border in BORDERS {
-            *count += i32::from(q > border);
+            *count = count.wrapping_add(i32::from(q > border)); // at most 15: a check would only stop the vectors
         }
     }
     for (byte, pair) in codes.iter_mut().zip(count.as_chunks::<2>().0) {
@@ -413,10 +413,10 @@ fn f32_at(bytes: &[u8], i: usize) -> f32 {
 fn expand(codes: &[u8], at: usize, table: &[f32; 16], out: &mut [f32]) {
     let lookup = |i: usize| {
         let byte = codes[i / 2];
-        table[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })]
+        table[usize::from(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 })]
     };
     let mut done = 0;
-    if at % 2 == 0 {
+    if at.is_multiple_of(2) {
         let (lines, _) = out.as_chunks_mut::<16>();
         let (bytes, _) = codes[at / 2..].as_chunks::<8>();
         done = lines.len() * 16;

@@ -502,12 +502,12 @@ fn a_damaged_cache_is_made_anew() {
     let first = model.write().load(Nf4, true).unwrap();
     let CacheUse::Written(path) = &first.cache else { panic!() };
     let good = fs::read(path).unwrap();
-    let damage: [&dyn Fn(&mut Vec<u8>); 5] = [
-        &|b| b.truncate(b.len() - 1),
-        &|b| b.clear(),
-        &|b| *b.last_mut().unwrap() ^= 0x40, // a code: only the checksum knows
-        &|b| b[100] ^= 1,
-        &|b| b.extend_from_slice(b"tail"),
+    let damage: [fn(&mut Vec<u8>); 5] = [
+        |b| b.truncate(b.len() - 1),
+        |b| b.clear(),
+        |b| *b.last_mut().unwrap() ^= 0x40, // a code: only the checksum knows
+        |b| b[100] ^= 1,
+        |b| b.extend_from_slice(b"tail"),
     ];
     for change in damage {
         let mut bad = good.clone();
