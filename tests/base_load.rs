@@ -4,7 +4,7 @@
 //! FINETUNED_MODEL=DIR cargo test --test base_load -- --ignored --nocapture
 //! ```
 
-use finetuned::backend::nf4;
+use finetuned::backend::{FrozenMatrix, nf4};
 use finetuned::config::spec::Quantization;
 use finetuned::model::weights::Base;
 use std::path::Path;
@@ -64,4 +64,30 @@ fn throughput() {
             rate(dequantized)
         );
     }
+}
+
+/// A checkpoint that bitsandbytes quantised (FINETUNED_BNB_MODEL) has the same values as the model it was made from
+/// (FINETUNED_MODEL), quantised here.
+#[test]
+#[ignore = "needs FINETUNED_MODEL and FINETUNED_BNB_MODEL"]
+fn a_bitsandbytes_checkpoint_equals_what_we_quantise() {
+    let load = |variable: &str, double_quant: bool| {
+        let model = std::env::var(variable).expect("directory of a model");
+        let none = Path::new("/dev/null/none");
+        Base::load(Path::new(&model), Quantization::Nf4, double_quant, none, &mut |_, _| {}).unwrap()
+    };
+    let theirs = load("FINETUNED_BNB_MODEL", true);
+    let ours = load("FINETUNED_MODEL", theirs.double_quant);
+    let mut matrices = 0;
+    for (theirs, ours) in theirs.layers.iter().zip(&ours.layers) {
+        for (theirs, ours) in theirs.linears().into_iter().zip(ours.linears()) {
+            let (FrozenMatrix::Nf4(theirs), FrozenMatrix::Nf4(ours)) = (&theirs.weight, &ours.weight) else {
+                panic!("a weight is not quantised")
+            };
+            assert!(theirs.codes.as_bytes() == ours.codes.as_bytes());
+            assert!((0..ours.blocks()).all(|i| ours.absmax_at(i).to_bits() == theirs.absmax_at(i).to_bits()));
+            matrices += 1;
+        }
+    }
+    println!("{matrices} matrices have the same bits, double quantisation {}", theirs.double_quant);
 }

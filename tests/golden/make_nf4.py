@@ -7,7 +7,7 @@ Every case is quantised by `bitsandbytes.functional.quantize_4bit`, plain and wi
 their input and every output. Large ones, which are there for the sum over many blocks, are made from a formula that the
 Rust test repeats (`ramp`), and keep only a hash of their codes.
 
-One PyTorch thread: with more, PyTorch cuts the sum of 65,536 and more absmax values into as many parts as there are
+One PyTorch thread: with more, PyTorch cuts a sum of more than 32,768 absmax values into as many parts as there are
 threads, and the last bit of the double quantisation's offset depends on the machine.
 
 Dequantised values are computed from the definition, code[i] * absmax[i / 64]. bitsandbytes' own answer is compared with
