@@ -14,6 +14,7 @@ pub use frozen::{Absmax, Blob, DenseMatrix, Dtype, FrozenMatrix, Nf4Matrix};
 
 pub mod cpu;
 mod frozen;
+pub mod nf4;
 pub mod philox;
 
 /// One micro-batch on the host: one or more sequences, one after the other.
