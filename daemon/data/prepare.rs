@@ -1,0 +1,503 @@
+//! From data files to tokenised rows: read, check, tokenise, keep.
+//!
+//! ```text
+//!  hash every file ──► is there a store with this key? ──yes──► map it, verify it
+//!                                │ no
+//!                                ▼
+//!  read a batch of rows ► parse, render, tokenise on all cores ► append in the file's order ► store
+//!                                │ a bad row: refuse the file, or set the row aside
+//!                                ▼
+//!  choose what is held out ► drop training rows that are held out too ► report
+//! ```
+//!
+//! A store is named by a SHA-256 over the files' contents and everything else that can change a token (tokenizer,
+//! template, row format, sequence length, what is learnt, what happens to bad rows). The files are hashed on every
+//! start, because their contents are part of a run's identity ([`PreparedData::hash`]); they are tokenised once. A
+//! file that changes between the two readings is noticed.
+//!
+//! Memory: one batch of rows, and 4 to 20 bytes a row for choosing what is held out and for the report.
+
+use super::plan::draw;
+use super::record::{self, format_name};
+use super::report::{DataReport, FileReport, SplitReport};
+use super::rows::{StoreError, TokenRows, VERSION, Writer};
+use super::source::{MAX_ROW_BYTES, RawBody, RawRow, RowReader, SourceError, hash_file};
+use super::tokenizer::{ChatTokenizer, TokenizerError, hex};
+use super::example::{self, Example};
+use crate::config::spec::{DataFormat, DataSpec, OnBadRow};
+use rayon::prelude::*;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Rows by which a file's format is detected.
+const DETECT_ROWS: usize = 16;
+/// Rows that are tokenised at once; enough to keep every core busy.
+const BATCH_ROWS: usize = 512;
+/// Bytes of text that are tokenised at once, so that a batch of long rows stays small too.
+const BATCH_BYTES: usize = 4 << 20;
+/// The draws that choose held-out rows come from a stream no epoch will ever reach.
+const EVAL_STREAM: u64 = u64::MAX - 1;
+
+/// Data that is ready to be learnt.
+#[derive(Debug)]
+pub struct PreparedData {
+    /// Rows to learn.
+    pub train: TokenRows,
+    /// Held-out rows.
+    pub eval: Option<TokenRows>,
+    /// What was found.
+    pub report: DataReport,
+    /// Identity of the data files: SHA-256 over the contents of the training files, in order, and of the held-out
+    /// file, in hex.
+    pub hash: String,
+}
+
+/// How far the preparation is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done.
+    pub stage: Stage,
+    /// To which file.
+    pub file: PathBuf,
+    /// Bytes of the file that have been read.
+    pub bytes: u64,
+    /// Bytes of the file.
+    pub total: u64,
+    /// Rows of the file that have been tokenised.
+    pub rows: u64,
+}
+
+/// What is being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The file is hashed.
+    Hashing,
+    /// The rows are tokenised.
+    Tokenising,
+}
+
+/// Why data could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file cannot be read as rows.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The tokenizer cannot be used with this data.
+    #[error("{path}: {source}")]
+    Tokenizer {
+        /// The data file.
+        path: PathBuf,
+        /// Why not.
+        source: TokenizerError,
+    },
+    /// A row cannot be learnt.
+    #[error(
+        "{path}:{line}: {reason} (on_bad_row = \"quarantine\" sets such rows aside instead)"
+    )]
+    BadRow {
+        /// The data file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The format of the rows is not known.
+    #[error("{path}: {reason}")]
+    UnknownFormat {
+        /// The data file.
+        path: PathBuf,
+        /// The keys that were found, and those that are known.
+        reason: String,
+    },
+    /// There is nothing to learn.
+    #[error("{path}: {reason}")]
+    NothingToLearn {
+        /// The data file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The file was changed while it was read.
+    #[error("{path} changed while it was being read: wait until it is complete, and start again")]
+    Changed {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// The token store cannot be written or read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The cache directory or the quarantine file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn write_error(path: &Path) -> impl Fn(io::Error) -> DataError + '_ {
+    move |source| DataError::Write { path: path.into(), source }
+}
+
+/// Tokenises the data files of a spec, or maps what was tokenised before.
+///
+/// `quarantine_file` receives the bad rows when the spec says `on_bad_row = "quarantine"`, one JSON object a line:
+/// `{file, line, reason, row}`; it is not made when there are none. `seed` chooses what `eval_fraction` holds out.
+pub fn prepare(
+    spec: &DataSpec,
+    seed: u64,
+    tokenizer: &ChatTokenizer,
+    cache_dir: &Path,
+    quarantine_file: Option<&Path>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<PreparedData, DataError> {
+    fs::create_dir_all(cache_dir).map_err(write_error(cache_dir))?;
+    let mut identity = Sha256::new();
+    let mut hash = |role: &str, path: &PathBuf| -> Result<DataFile, DataError> {
+        let total = fs::metadata(path).map(|m| m.len()).unwrap_or(0);
+        let mut report = |bytes| {
+            progress(Progress { stage: Stage::Hashing, file: path.clone(), bytes, total, rows: 0 });
+        };
+        report(0);
+        let hash = hash_file(path)?;
+        report(total);
+        identity.update(role);
+        identity.update(hash);
+        Ok(DataFile { path: path.clone(), hash, total })
+    };
+    let train_files = spec.train.iter().map(|path| hash("train", path)).collect::<Result<Vec<_>, _>>()?;
+    let eval_file = spec.eval.as_ref().map(|path| hash("eval", path)).transpose()?;
+    let hash = hex(&identity.finalize());
+
+    let mut job = Job { spec, tokenizer, cache_dir, progress };
+    let train = job.store(&train_files)?;
+    let eval = eval_file.as_ref().map(|file| job.store(std::slice::from_ref(file))).transpose()?;
+    if let Some(path) = quarantine_file {
+        copy_quarantine(path, [Some(&train), eval.as_ref()].into_iter().flatten())?;
+    }
+    let (train_rows, eval_rows) = match &eval {
+        Some(eval) => (None, Some(eval.rows.clone())),
+        None => split(&train.rows, spec.eval_fraction, seed),
+    };
+    let candidates = train_rows.unwrap_or_else(|| (0..train.rows.len() as u32).collect());
+    let (kept, dropped) = drop_overlap(&train.rows, candidates, eval_rows.as_ref());
+    let first = train_files.first().map(|f| f.path.clone()).unwrap_or_default();
+    if kept.is_empty() {
+        let reason = if dropped > 0 {
+            format!("all {dropped} training rows are held out for evaluation too")
+        } else {
+            "there is no training row".into()
+        };
+        return Err(DataError::NothingToLearn { path: first, reason });
+    }
+    let rows = train.rows.select(kept);
+    let cached = train.cached && eval.as_ref().is_none_or(|e| e.cached);
+    let report = DataReport {
+        train: SplitReport::new(&rows, dropped),
+        eval: eval_rows.as_ref().map(|rows| SplitReport::new(rows, 0)),
+        files: train.files.into_iter().chain(eval.into_iter().flat_map(|e| e.files)).collect(),
+        sequence_length: spec.sequence_length,
+        cached,
+    };
+    Ok(PreparedData { train: rows, eval: eval_rows, report, hash })
+}
+
+/// A data file as it was hashed.
+struct DataFile {
+    path: PathBuf,
+    hash: [u8; 32],
+    total: u64,
+}
+
+/// A token store, made or found.
+struct Made {
+    rows: TokenRows,
+    files: Vec<FileReport>,
+    cached: bool,
+    quarantine: PathBuf,
+}
+
+impl Made {
+    fn quarantined(&self) -> u64 {
+        self.files.iter().map(|f| f.quarantined).sum()
+    }
+}
+
+struct Job<'a> {
+    spec: &'a DataSpec,
+    tokenizer: &'a ChatTokenizer,
+    cache_dir: &'a Path,
+    progress: &'a mut dyn FnMut(Progress),
+}
+
+impl Job<'_> {
+    /// Everything a token of these files depends on.
+    fn key(&self, files: &[DataFile]) -> [u8; 32] {
+        let parts = json!({
+            "version": VERSION,
+            "finetuned": env!("CARGO_PKG_VERSION"),
+            "files": files.iter().map(|f| hex(&f.hash)).collect::<Vec<_>>(),
+            // How a file is read depends on its name's end: `.csv`.
+            "extensions": files.iter().map(|f| f.path.extension().map(|e| e.to_string_lossy().to_lowercase())).collect::<Vec<_>>(),
+            "tokenizer": self.tokenizer.identity(),
+            "format": self.spec.format,
+            "sequence_length": self.spec.sequence_length,
+            "train_on": self.spec.train_on,
+            "on_bad_row": self.spec.on_bad_row,
+        });
+        Sha256::digest(parts.to_string()).into()
+    }
+
+    /// The token store of these files.
+    fn store(&mut self, files: &[DataFile]) -> Result<Made, DataError> {
+        let key = self.key(files);
+        let name = hex(&key[..16]);
+        let path = self.cache_dir.join(format!("{name}.tokens"));
+        let quarantine = self.cache_dir.join(format!("{name}.quarantine.jsonl"));
+        let found = match TokenRows::open(&path, key) {
+            Ok(found) => found,
+            // A damaged store is made again; the new one takes its name.
+            Err(StoreError::Damaged { .. }) => None,
+            Err(e) => return Err(e.into()),
+        };
+        if let Some(rows) = found
+            && let Ok(reports) = serde_json::from_slice::<Vec<FileReport>>(rows.stored_report())
+            && reports.len() == files.len()
+        {
+            // The same contents may have been read under another name.
+            let renamed = reports.into_iter().zip(files).map(|(r, f)| FileReport { path: f.path.clone(), ..r });
+            let made = Made { rows, files: renamed.collect(), cached: true, quarantine: quarantine.clone() };
+            if made.quarantined() == 0 || made.quarantine.is_file() {
+                return Ok(made);
+            }
+        }
+        let mut aside = Aside::new(&quarantine);
+        let mut writer = Writer::create(&path, key)?;
+        let mut reports = Vec::with_capacity(files.len());
+        for (i, file) in files.iter().enumerate() {
+            reports.push(self.tokenise(i as u32, file, &mut writer, &mut aside)?);
+        }
+        aside.finish()?;
+        writer.finish(&serde_json::to_vec(&reports).unwrap_or_default())?;
+        let rows = TokenRows::open(&path, key)?
+            .ok_or(StoreError::Damaged { path, reason: "it was replaced by another as soon as it was written" })?;
+        Ok(Made { rows, files: reports, cached: false, quarantine })
+    }
+
+    /// Tokenises one file into the store.
+    fn tokenise(
+        &mut self,
+        number: u32,
+        file: &DataFile,
+        writer: &mut Writer,
+        aside: &mut Aside,
+    ) -> Result<FileReport, DataError> {
+        let mut reader = RowReader::open(&file.path)?;
+        let mut batch = Vec::new();
+        while batch.len() < DETECT_ROWS
+            && let Some(row) = reader.next_row()?
+        {
+            batch.push(row);
+        }
+        if batch.is_empty() {
+            let reason = "the file has no rows".into();
+            return Err(DataError::NothingToLearn { path: file.path.clone(), reason });
+        }
+        let detected = self.spec.format == DataFormat::Auto;
+        let format = if detected { self.detect(file, &batch)? } else { self.spec.format };
+        let chat = self.tokenizer.has_chat_template();
+        if !chat && matches!(format, DataFormat::Messages | DataFormat::Sharegpt) {
+            return Err(DataError::Tokenizer { path: file.path.clone(), source: TokenizerError::NoTemplate });
+        }
+        let mut report = FileReport {
+            path: file.path.clone(),
+            format: format_name(format).into(),
+            detected,
+            rows: 0,
+            used: 0,
+            quarantined: 0,
+            truncated: 0,
+            tokens: 0,
+            trainable_tokens: 0,
+        };
+        let mut first_reason = None;
+        loop {
+            let (spec, tokenizer) = (self.spec, self.tokenizer);
+            let examples: Vec<Result<Example, String>> =
+                batch.par_iter().map(|row| example(row, format, chat, spec, tokenizer)).collect();
+            for (row, example) in batch.iter().zip(examples) {
+                report.rows += 1;
+                match example {
+                    Ok(example) => {
+                        writer.push(number, row.line, &example.tokens, &example.mask, example.cut)?;
+                        report.used += 1;
+                        report.truncated += u64::from(example.cut > 0);
+                        report.tokens += example.tokens.len() as u64;
+                        report.trainable_tokens += example.mask.iter().filter(|m| **m).count() as u64;
+                    }
+                    Err(reason) if self.spec.on_bad_row == OnBadRow::Refuse => {
+                        return Err(DataError::BadRow { path: file.path.clone(), line: row.line, reason });
+                    }
+                    Err(reason) => {
+                        aside.push(&file.path, row, &reason)?;
+                        report.quarantined += 1;
+                        first_reason.get_or_insert((row.line, reason));
+                    }
+                }
+            }
+            (self.progress)(Progress {
+                stage: Stage::Tokenising,
+                file: file.path.clone(),
+                bytes: reader.bytes_read(),
+                total: file.total,
+                rows: report.rows,
+            });
+            batch.clear();
+            let mut bytes = 0;
+            while batch.len() < BATCH_ROWS
+                && bytes < BATCH_BYTES
+                && let Some(row) = reader.next_row()?
+            {
+                bytes += row_bytes(&row);
+                batch.push(row);
+            }
+            if batch.is_empty() {
+                break;
+            }
+        }
+        if reader.finish()? != file.hash {
+            return Err(DataError::Changed { path: file.path.clone() });
+        }
+        if report.used == 0 {
+            let (line, reason) = first_reason.unwrap_or((0, "no reason".into()));
+            let reason = format!("none of its {} rows can be learnt; line {line}: {reason}", report.rows);
+            return Err(DataError::NothingToLearn { path: file.path.clone(), reason });
+        }
+        Ok(report)
+    }
+
+    fn detect(&self, file: &DataFile, first: &[RawRow]) -> Result<DataFormat, DataError> {
+        let parsed: Vec<_> = first.iter().filter_map(|row| row.object().ok()).collect();
+        if parsed.is_empty() {
+            // Without a single object there is no format to tell, only what is wrong with the first row.
+            let (line, reason) =
+                first.first().map(|row| (row.line, row.object().err().unwrap_or_default())).unwrap_or_default();
+            let reason = format!("line {line}: {reason}; a data file is JSON Lines, one JSON array of objects, or CSV");
+            return Err(DataError::UnknownFormat { path: file.path.clone(), reason });
+        }
+        record::detect(&parsed).map_err(|reason| DataError::UnknownFormat { path: file.path.clone(), reason })
+    }
+}
+
+/// One row, all the way to its tokens.
+fn example(
+    row: &RawRow,
+    format: DataFormat,
+    chat: bool,
+    spec: &DataSpec,
+    tokenizer: &ChatTokenizer,
+) -> Result<Example, String> {
+    let record = record::parse(&row.object()?, format, chat)?;
+    example::build(&record, tokenizer, spec.train_on, spec.sequence_length)
+}
+
+fn row_bytes(row: &RawRow) -> usize {
+    match &row.body {
+        RawBody::Json(bytes) => bytes.len(),
+        RawBody::Cells(cells) => cells.values().map(|v| v.as_str().map_or(0, str::len)).sum(),
+        RawBody::Bad(..) => MAX_ROW_BYTES / BATCH_ROWS,
+    }
+}
+
+/// Bad rows, kept beside the store they are missing from. Nothing is made when there are none.
+struct Aside {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: Option<BufWriter<File>>,
+}
+
+impl Aside {
+    fn new(path: &Path) -> Self {
+        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        Self { path: path.into(), temporary, file: None }
+    }
+
+    fn push(&mut self, data_file: &Path, row: &RawRow, reason: &str) -> Result<(), DataError> {
+        let error = write_error(&self.temporary);
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(BufWriter::new(File::create(&self.temporary).map_err(&error)?)),
+        };
+        let line = json!({
+            "file": data_file.to_string_lossy(),
+            "line": row.line,
+            "reason": reason,
+            "row": row.quarantined(),
+        });
+        writeln!(file, "{line}").map_err(&error)
+    }
+
+    fn finish(&mut self) -> Result<(), DataError> {
+        let Some(file) = self.file.take() else { return Ok(()) };
+        let error = write_error(&self.temporary);
+        let file = file.into_inner().map_err(|e| error(e.into_error()))?;
+        file.sync_all().map_err(&error)?;
+        fs::rename(&self.temporary, &self.path).map_err(&error)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        if self.file.take().is_some() {
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Writes what was set aside to where the user looks for it.
+fn copy_quarantine<'a>(to: &Path, stores: impl Iterator<Item = &'a Made>) -> Result<(), DataError> {
+    let mut file = None;
+    for store in stores.filter(|s| s.quarantined() > 0) {
+        let file = match &mut file {
+            Some(file) => file,
+            None => file.insert(File::create(to).map_err(write_error(to))?),
+        };
+        let mut from = File::open(&store.quarantine).map_err(write_error(&store.quarantine))?;
+        io::copy(&mut from, file).map_err(write_error(to))?;
+    }
+    Ok(())
+}
+
+/// Holds out a share of the rows: the rows to learn (`None` is all), and those held out. At least one row is held out
+/// and at least one is left, when there are two. Which, is a function of (seed, number of rows).
+fn split(rows: &TokenRows, fraction: f64, seed: u64) -> (Option<Vec<u32>>, Option<TokenRows>) {
+    let n = rows.len();
+    if fraction.is_nan() || fraction <= 0.0 || n < 2 {
+        return (None, None);
+    }
+    let held = ((n as f64 * fraction).round() as usize).clamp(1, n - 1);
+    let mut order: Vec<(u64, u32)> = (0..n as u32).map(|i| (draw(seed, EVAL_STREAM, u64::from(i)), i)).collect();
+    order.select_nth_unstable(held - 1);
+    let in_order = |part: &[(u64, u32)]| {
+        let mut rows: Vec<u32> = part.iter().map(|&(_, i)| i).collect();
+        rows.sort_unstable();
+        rows
+    };
+    (Some(in_order(&order[held..])), Some(rows.select(in_order(&order[..held]))))
+}
+
+/// Of the candidates (rows of the store), those whose tokens are not held out, and how many were dropped.
+fn drop_overlap(rows: &TokenRows, mut candidates: Vec<u32>, eval: Option<&TokenRows>) -> (Vec<u32>, u64) {
+    let Some(eval) = eval else { return (candidates, 0) };
+    let held: HashSet<[u8; 16]> = (0..eval.len()).map(|i| eval.entry(i).digest).collect();
+    let before = candidates.len();
+    candidates.retain(|&i| !held.contains(&rows.entry(i as usize).digest));
+    let dropped = (before - candidates.len()) as u64;
+    (candidates, dropped)
+}
