@@ -22,4 +22,4 @@ pub mod model;
 pub mod checkpoint;
 
 // The training loop.
-pub mod train;
+//pub mod train;

@@ -362,9 +362,15 @@ impl Nf4Matrix {
     pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert_eq!(out.len(), rows.len() * self.cols, "output of {} rows of {}", rows.len(), self.cols);
+        self.dequantize_from(rows.start * self.cols, out);
+    }
+
+    /// Writes the float32 values of the elements from `at` on, in row-major order, to `out`.
+    ///
+    /// # Panics
+    /// When the matrix ends before `out` does.
+    pub fn dequantize_from(&self, mut at: usize, mut out: &mut [f32]) {
         let codes = self.codes.as_bytes();
-        let mut at = rows.start * self.cols;
-        let mut out = out;
         while !out.is_empty() {
             let block = at / self.block;
             let (part, rest) = out.split_at_mut(((block + 1) * self.block - at).min(out.len()));

@@ -131,7 +131,9 @@ fn conversation(
         return Err("the conversation has no assistant message to learn".into());
     }
     let ranges = if tokenizer.template(tools).map_err(say)?.has_generation() {
-        if rendered.generated.len() < learnt || (learnt < turns.len() && rendered.generated.len() != turns.len()) {
+        if rendered.generated.len() < learnt
+            || (learnt < turns.len() && rendered.generated.len() != turns.len())
+        {
             return Err(format!(
                 "the template's generation blocks mark {} turns, the row has {}",
                 rendered.generated.len(),
@@ -181,8 +183,9 @@ fn locate(
         turns
             .iter()
             .map(|&i| {
-                start_by_prefix(tokenizer, &messages[..i], tools, text)
-                    .map_err(|e| format!("cannot tell where message {i} begins in the rendered conversation: {e}"))
+                start_by_prefix(tokenizer, &messages[..i], tools, text).map_err(|e| {
+                    format!("cannot tell where message {i} begins in the rendered conversation: {e}")
+                })
             })
             .collect::<Result<_, _>>()?
     };
@@ -221,7 +224,10 @@ fn start_by_prefix(
     text: &str,
 ) -> Result<usize, String> {
     if before.is_empty() {
-        return Err("the conversation begins with the assistant, and the template's generation prompt is no guide".into());
+        return Err(
+            "the conversation begins with the assistant, and the template's generation prompt is no guide"
+                .into(),
+        );
     }
     let prefix = tokenizer.render(before, tools, true).map_err(|e| e.to_string())?.text;
     if text.starts_with(&prefix) {

@@ -66,7 +66,8 @@ impl EpochPlan {
         epoch: u64,
     ) -> Self {
         // A store has at most u32::MAX rows, see `rows`.
-        let order = if shuffle { permutation(rows.len(), seed, epoch) } else { (0..rows.len() as u32).collect() };
+        let order =
+            if shuffle { permutation(rows.len(), seed, epoch) } else { (0..rows.len() as u32).collect() };
         if !packing {
             let starts = (0..=order.len() as u32).collect();
             return Self { rows: order, starts, sequence_length };

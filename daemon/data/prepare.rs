@@ -17,13 +17,13 @@
 //!
 //! Memory: one batch of rows, and 4 to 20 bytes a row for choosing what is held out and for the report.
 
+use super::example::{self, Example};
 use super::plan::draw;
 use super::record::{self, format_name};
 use super::report::{DataReport, FileReport, SplitReport};
 use super::rows::{StoreError, TokenRows, VERSION, Writer};
 use super::source::{MAX_ROW_BYTES, RawBody, RawRow, RowReader, SourceError, hash_file};
 use super::tokenizer::{ChatTokenizer, TokenizerError, hex};
-use super::example::{self, Example};
 use crate::config::spec::{DataFormat, DataSpec, OnBadRow};
 use rayon::prelude::*;
 use serde_json::json;
@@ -95,9 +95,7 @@ pub enum DataError {
         source: TokenizerError,
     },
     /// A row cannot be learnt.
-    #[error(
-        "{path}:{line}: {reason} (on_bad_row = \"quarantine\" sets such rows aside instead)"
-    )]
+    #[error("{path}:{line}: {reason} (on_bad_row = \"quarantine\" sets such rows aside instead)")]
     BadRow {
         /// The data file.
         path: PathBuf,
@@ -271,7 +269,8 @@ impl Job<'_> {
             && reports.len() == files.len()
         {
             // The same contents may have been read under another name.
-            let renamed = reports.into_iter().zip(files).map(|(r, f)| FileReport { path: f.path.clone(), ..r });
+            let renamed =
+                reports.into_iter().zip(files).map(|(r, f)| FileReport { path: f.path.clone(), ..r });
             let made = Made { rows, files: renamed.collect(), cached: true, quarantine: quarantine.clone() };
             if made.quarantined() == 0 || made.quarantine.is_file() {
                 return Ok(made);
@@ -285,8 +284,10 @@ impl Job<'_> {
         }
         aside.finish()?;
         writer.finish(&serde_json::to_vec(&reports).unwrap_or_default())?;
-        let rows = TokenRows::open(&path, key)?
-            .ok_or(StoreError::Damaged { path, reason: "it was replaced by another as soon as it was written" })?;
+        let rows = TokenRows::open(&path, key)?.ok_or(StoreError::Damaged {
+            path,
+            reason: "it was replaced by another as soon as it was written",
+        })?;
         Ok(Made { rows, files: reports, cached: false, quarantine })
     }
 
@@ -386,9 +387,13 @@ impl Job<'_> {
         let parsed: Vec<_> = first.iter().filter_map(|row| row.object().ok()).collect();
         if parsed.is_empty() {
             // Without a single object there is no format to tell, only what is wrong with the first row.
-            let (line, reason) =
-                first.first().map(|row| (row.line, row.object().err().unwrap_or_default())).unwrap_or_default();
-            let reason = format!("line {line}: {reason}; a data file is JSON Lines, one JSON array of objects, or CSV");
+            let (line, reason) = first
+                .first()
+                .map(|row| (row.line, row.object().err().unwrap_or_default()))
+                .unwrap_or_default();
+            let reason = format!(
+                "line {line}: {reason}; a data file is JSON Lines, one JSON array of objects, or CSV"
+            );
             return Err(DataError::UnknownFormat { path: file.path.clone(), reason });
         }
         record::detect(&parsed).map_err(|reason| DataError::UnknownFormat { path: file.path.clone(), reason })
@@ -482,7 +487,8 @@ fn split(rows: &TokenRows, fraction: f64, seed: u64) -> (Option<Vec<u32>>, Optio
         return (None, None);
     }
     let held = ((n as f64 * fraction).round() as usize).clamp(1, n - 1);
-    let mut order: Vec<(u64, u32)> = (0..n as u32).map(|i| (draw(seed, EVAL_STREAM, u64::from(i)), i)).collect();
+    let mut order: Vec<(u64, u32)> =
+        (0..n as u32).map(|i| (draw(seed, EVAL_STREAM, u64::from(i)), i)).collect();
     order.select_nth_unstable(held - 1);
     let in_order = |part: &[(u64, u32)]| {
         let mut rows: Vec<u32> = part.iter().map(|&(_, i)| i).collect();

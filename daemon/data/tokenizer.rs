@@ -137,8 +137,9 @@ impl ChatTokenizer {
 
         let (template_text, tool_template_text) = templates(model_dir, &config, &config_path)?;
         let globals: Vec<(String, String)> = special.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let compile =
-            |text: &str| if text.is_empty() { Ok(None) } else { ChatTemplate::compile(text, &globals).map(Some) };
+        let compile = |text: &str| {
+            if text.is_empty() { Ok(None) } else { ChatTemplate::compile(text, &globals).map(Some) }
+        };
         let template = compile(&template_text)?;
         let tool_template = compile(tool_template_text.as_deref().unwrap_or_default())?;
 
@@ -242,10 +243,7 @@ impl ChatTokenizer {
     /// The template for a conversation with or without tools.
     pub(super) fn template(&self, tools: Option<&Json>) -> Result<&ChatTemplate, TokenizerError> {
         let preferred = if tools.is_some() { self.tool_template.as_ref() } else { None };
-        preferred
-            .or(self.template.as_ref())
-            .or(self.tool_template.as_ref())
-            .ok_or(TokenizerError::NoTemplate)
+        preferred.or(self.template.as_ref()).or(self.tool_template.as_ref()).ok_or(TokenizerError::NoTemplate)
     }
 
     /// Renders a conversation as training rows are: on the fixed date, without a generation prompt unless asked.
@@ -457,7 +455,8 @@ fn post_processor(
     let flag = |key: &str| config.get(key).and_then(Json::as_bool).unwrap_or(false);
     let wanted = |flag: bool, name: &str| -> Result<Option<(String, u32)>, String> {
         let Some(text) = special.get(name).filter(|_| flag) else { return Ok(None) };
-        let id = inner.token_to_id(text).ok_or_else(|| format!("{name} {text:?} is not in the vocabulary"))?;
+        let id =
+            inner.token_to_id(text).ok_or_else(|| format!("{name} {text:?} is not in the vocabulary"))?;
         Ok(Some((text.clone(), id)))
     };
     let bos = wanted(flag("add_bos_token"), "bos_token")?;

@@ -16,7 +16,7 @@ mod loss;
 mod matrix;
 
 pub use loss::chunk as loss_chunk;
-pub use matrix::{CpuMatrix, NF4};
+pub use matrix::CpuMatrix;
 
 use super::{
     AdamW, AttentionShape, Backend, Batch, FrozenMatrix, Parameter, Projection, ProjectionBackward, StepShape,

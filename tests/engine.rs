@@ -1,0 +1,9 @@
+//! The engine against independent truth: transformers + PEFT + bitsandbytes golden values (`tests/golden`), finite
+//! differences in float64, and its own promises about bits.
+
+#[path = "engine/finite_differences.rs"]
+mod finite_differences;
+#[path = "engine/golden.rs"]
+mod golden;
+#[path = "engine/support.rs"]
+mod support;
