@@ -383,6 +383,36 @@ mod tests {
     }
 
     #[test]
+    fn a_file_survives_a_power_cut_at_any_operation() {
+        use super::super::simulated::{Fault, Faulty, Medium};
+        use std::sync::Arc;
+        let path = Path::new("/summary.json");
+        let read = |medium: &Medium| {
+            let mut content = Vec::<u8>::new();
+            read_and_hash(medium, path, Freshness::Cached, 1 << 20, |piece| content.extend(piece)).unwrap();
+            content
+        };
+        let (old, new) = ([b'a'; 100], [b'b'; 90]);
+        for operation in 0.. {
+            let medium = Medium::new(true);
+            atomic_write_on(&medium, path, &old).unwrap();
+            let files = Faulty::new(Arc::new(medium.clone()), Fault::Dead(operation));
+            let acknowledged = atomic_write_on(&files, path, &new).is_ok();
+            for seed in 0..100 {
+                let found = read(&medium.power_cut(seed));
+                assert!(
+                    found == new || (!acknowledged && found == old),
+                    "operation {operation}, seed {seed}"
+                );
+            }
+            if acknowledged {
+                assert!(operation > 4, "create, write, fsync, rename, fsync: {operation}");
+                return;
+            }
+        }
+    }
+
+    #[test]
     fn errors_name_the_path_and_a_full_disk() {
         let missing = Path::new("/nonexistent-directory/x.json");
         let error = atomic_write(missing, b"").unwrap_err();
