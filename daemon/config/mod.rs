@@ -1,3 +1,15 @@
 //! The TOML files a person writes.
+//!
+//! ```text
+//!  text + --set overrides ──document──► keys with their places ──resolve──► Spec ──render──► text, hash, differences
+//! ```
+//!
+//! `spec` holds the values, `document` knows TOML and where each key stands, `resolve` knows every key with its type,
+//! range and default, `render` writes a spec back and says which keys determine a result.
 
+mod document;
+mod render;
+mod resolve;
 pub mod spec;
+
+pub use document::{Mistake, Place};
