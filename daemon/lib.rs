@@ -22,4 +22,7 @@ pub mod model;
 pub mod checkpoint;
 
 // The training loop.
-//pub mod train;
+pub mod train;
+
+// What a person types.
+pub mod cli;

@@ -1,3 +1,5 @@
-//! `finetuned`: the program.
+//! `finetuned`: the program. Everything is in [`finetuned::cli`].
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    finetuned::cli::main()
+}

@@ -89,6 +89,14 @@ pub enum CheckpointError {
     /// The state cannot be written as JSON.
     #[error("cannot write the training state: {0}")]
     State(#[from] serde_json::Error),
+    /// The one checkpoint that is wanted does not verify.
+    #[error("checkpoint {path} is damaged: {why}", path = .path.display())]
+    Damaged {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A newer version wrote it. Nothing was touched.
     #[error(
         "{path} was written by a newer finetuned (format {format}; this one reads up to {known}): use that version, \
@@ -209,6 +217,20 @@ impl Store {
             tracing::warn!("checkpoint {} is damaged ({}); {moved}", bad.path.display(), bad.why);
         }
         Ok(recovered.latest)
+    }
+
+    /// The checkpoint taken after `step`.
+    ///
+    /// # Errors
+    /// When it is absent, or does not verify.
+    pub fn at_step(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        let name = name_of((step, 0));
+        let path = self.directory.join(&name);
+        self.load(&path, &name).map_err(|error| match error {
+            LoadError::Corrupt(why) => CheckpointError::Damaged { path, why },
+            LoadError::Newer(format) => CheckpointError::Newer { path, format },
+            LoadError::File(error) => error.into(),
+        })
     }
 
     /// The newest checkpoint that verifies, and what was quarantined on the way to it.

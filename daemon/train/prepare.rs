@@ -4,7 +4,9 @@ use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, FrozenMatrix};
 use crate::checkpoint::{AdapterConfig, NamedTensor, PeftError, read_adapter};
 use crate::config::spec::{BackendChoice, ComputeDtype, GradientCheckpointing, LoraSpec, Spec};
-use crate::data::{self, ChatTokenizer, DataError, EpochPlan, PreparedData, Stage, TokenRows, TokenizerError};
+use crate::data::{
+    self, ChatTokenizer, DataError, EpochPlan, PreparedData, Stage, TokenRows, TokenizerError,
+};
 use crate::model::adapter::{AdapterLayout, Module};
 use crate::model::config::ModelConfig;
 use crate::model::memory::{self, MemoryPlan, MicroBatch};
@@ -91,14 +93,8 @@ pub fn prepare(
         };
         observer.observe(Event::Preparing { what, done: progress.bytes, total: progress.total });
     };
-    let data = data::prepare(
-        &spec.data,
-        spec.run.seed,
-        &tokenizer,
-        &cache.join("tokens"),
-        quarantine,
-        &mut report,
-    )?;
+    let data =
+        data::prepare(&spec.data, spec.run.seed, &tokenizer, &cache.join("tokens"), quarantine, &mut report)?;
     for rows in std::iter::once(&data.train).chain(&data.eval) {
         if let Some(token) = largest_token(rows)
             && token as usize >= config.vocab_size
@@ -262,7 +258,8 @@ pub fn cpu_backend(spec: &Spec) -> Result<Cpu<f32>, PrepareError> {
 /// The largest micro-batch that a run can meet.
 pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     let longest = (0..data.train.len()).map(|i| data.train.row_len(i)).max().unwrap_or(0);
-    let eval = data.eval.as_ref().map_or(0, |rows| (0..rows.len()).map(|i| rows.row_len(i)).max().unwrap_or(0));
+    let eval =
+        data.eval.as_ref().map_or(0, |rows| (0..rows.len()).map(|i| rows.row_len(i)).max().unwrap_or(0));
     let longest = longest.max(eval).min(spec.data.sequence_length);
     let n = spec.train.micro_batch_size;
     if !spec.data.packing {
@@ -270,7 +267,8 @@ pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     }
     // Packed sequences are as long as the fullest one of the plans.
     let (mut tokens, mut labelled) = (longest, 0);
-    for (rows, shuffle) in std::iter::once((&data.train, spec.data.shuffle)).chain(data.eval.iter().map(|e| (e, false)))
+    for (rows, shuffle) in
+        std::iter::once((&data.train, spec.data.shuffle)).chain(data.eval.iter().map(|e| (e, false)))
     {
         let plan = EpochPlan::new(rows, spec.data.sequence_length, true, shuffle, spec.run.seed, 0);
         for i in 0..plan.len() {
@@ -390,7 +388,14 @@ pub struct StepCount {
 pub fn count_steps(spec: &Spec, rows: &TokenRows) -> StepCount {
     let per_step = sequences_per_step(spec) as u64;
     let plan = |epoch| {
-        EpochPlan::new(rows, spec.data.sequence_length, spec.data.packing, spec.data.shuffle, spec.run.seed, epoch)
+        EpochPlan::new(
+            rows,
+            spec.data.sequence_length,
+            spec.data.packing,
+            spec.data.shuffle,
+            spec.run.seed,
+            epoch,
+        )
     };
     let steps_of = |epoch| (plan(epoch).len() as u64).div_ceil(per_step).max(1);
     let first = plan(0);

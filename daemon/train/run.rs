@@ -19,8 +19,8 @@ use super::schedule::Schedule;
 use super::trainer::Trainer;
 use crate::backend::Backend;
 use crate::checkpoint::{
-    self, CheckpointError, CheckpointRef, FileError, Identity, IdentityMismatch, LockError, MetricsError, MetricsLog,
-    OutputLock, PeftError, Store, TensorRef, TrainerState, TrainingState,
+    self, CheckpointError, CheckpointRef, FileError, Identity, IdentityMismatch, LockError, MetricsError,
+    MetricsLog, OutputLock, PeftError, Store, TensorRef, TrainerState, TrainingState,
 };
 use crate::clock::Clock;
 use crate::config::spec::Spec;
@@ -248,7 +248,18 @@ impl<'a, B: Backend> Run<'a, B> {
         if let Some((values, _)) = initial {
             set(&trainer.decoder.backend, &mut trainer.adapter, &values);
         }
-        let found = if resume { store.load_latest()? } else { None };
+        let mut found = None;
+        if resume {
+            let recovered = store.recover()?;
+            for bad in recovered.quarantined {
+                observer.observe(Event::Note(format!(
+                    "checkpoint {} is damaged ({}): set aside",
+                    bad.path.display(),
+                    bad.why
+                )));
+            }
+            found = recovered.latest;
+        }
         let resumed = found.is_some();
         let metrics_path = paths.output.join("metrics.jsonl");
         let (state, metrics, last_checkpoint) = match found {
@@ -278,13 +289,15 @@ impl<'a, B: Backend> Run<'a, B> {
         };
         observer.observe(Event::Started { step: state.step, total: steps.total, resumed });
         let eval = data.eval.filter(|rows| !rows.is_empty()).map(|rows| {
-            let plan = EpochPlan::new(&rows, spec.data.sequence_length, spec.data.packing, false, spec.run.seed, 0);
+            let plan =
+                EpochPlan::new(&rows, spec.data.sequence_length, spec.data.packing, false, spec.run.seed, 0);
             (rows, plan)
         });
         let evaluated = state.log_history.iter().rev().find_map(|entry| {
             entry.get("eval_loss").and_then(|_| entry.get("step")).and_then(|step| step.as_u64())
         });
-        let last_loss = state.log_history.iter().rev().find_map(|entry| entry.get("loss").and_then(|l| l.as_f64()));
+        let last_loss =
+            state.log_history.iter().rev().find_map(|entry| entry.get("loss").and_then(|l| l.as_f64()));
         let committed = last_checkpoint.as_ref().map(|_| (state.step, state.micro_step));
         Ok(Self {
             spec,
@@ -440,7 +453,9 @@ impl<'a, B: Backend> Run<'a, B> {
             let to = (from + self.spec.train.micro_batch_size).min(last);
             let started = clock.monotonic();
             let batch: Vec<(Sequence, u64)> = (from..to)
-                .map(|i| (self.plan.sequence(&self.train, i), dropout_key(self.spec.run.seed, self.state.epoch, i)))
+                .map(|i| {
+                    (self.plan.sequence(&self.train, i), dropout_key(self.spec.run.seed, self.state.epoch, i))
+                })
                 .collect();
             let found = self.trainer.micro_step(&batch, self.state.loss_sum);
             let seconds = (clock.monotonic() - started).as_secs_f64();
@@ -509,7 +524,8 @@ impl<'a, B: Backend> Run<'a, B> {
             .flat_map(|i| self.plan.rows(i))
             .map(|&row| {
                 let (file, line) = self.train.origin(row as usize);
-                let file = self.spec.data.train.get(file).map(|p| p.display().to_string()).unwrap_or_default();
+                let file =
+                    self.spec.data.train.get(file).map(|p| p.display().to_string()).unwrap_or_default();
                 format!("{file}:{line}")
             })
             .collect();
@@ -548,8 +564,7 @@ impl<'a, B: Backend> Run<'a, B> {
             (0..layout.tensors()).map(|i| adapter.read(backend, layout, i)).collect()
         };
         let (parameters, m, v) = (read(&self.trainer.adapter), read(&self.trainer.m), read(&self.trainer.v));
-        let gradients =
-            if self.state.micro_step == 0 { Vec::new() } else { read(&self.trainer.gradients) };
+        let gradients = if self.state.micro_step == 0 { Vec::new() } else { read(&self.trainer.gradients) };
         let path = self.store.commit(&CheckpointRef {
             state: &self.state,
             parameters: borrow(&names, &shapes, &parameters),
@@ -596,7 +611,7 @@ impl<'a, B: Backend> Run<'a, B> {
             let backend = &self.trainer.decoder.backend;
             (0..layout.tensors()).map(|i| self.trainer.adapter.read(backend, layout, i)).collect()
         } else {
-            let best = self.store.load(adapter_step)?;
+            let best = self.store.at_step(adapter_step)?;
             let checkpoint = self.output.join("checkpoints").join(format!("{adapter_step:08}"));
             prepare::in_layout_order(layout, &best.parameters)
                 .map_err(|why| RunError::Misfit { checkpoint, why })?
@@ -664,7 +679,8 @@ fn epoch_plan(spec: &Spec, rows: &TokenRows, epoch: u64) -> EpochPlan {
 /// Dropout key of a sequence: a function of the run and of the sequence's place in it, not of the batch.
 fn dropout_key(seed: u64, epoch: u64, index: usize) -> u64 {
     // splitmix64's finaliser (Steele et al., OOPSLA 2014) over the three numbers.
-    let mut z = seed ^ epoch.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (index as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    let mut z =
+        seed ^ epoch.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (index as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

@@ -6,8 +6,8 @@
 use super::support::*;
 use finetuned::backend::cpu::Cpu;
 use finetuned::backend::{
-    Absmax, AttentionShape, Backend, Batch, Blob, DenseMatrix, Dropout, Dtype, FrozenMatrix, Lora, Projection,
-    ProjectionBackward, nf4,
+    Absmax, AttentionShape, Backend, Batch, Blob, DenseMatrix, Dropout, Dtype, FrozenMatrix, Lora,
+    Projection, ProjectionBackward, nf4,
 };
 use finetuned::model::adapter::{Adapter, AdapterLayout, Module};
 use finetuned::model::config::ModelConfig;
@@ -62,7 +62,9 @@ fn batch(vocabulary: usize) -> Batch {
         (0..n).map(|i| ((i * 7 + seed * 3) % vocabulary) as u32).collect()
     };
     let targets = |n: usize, seed: usize| -> Vec<i32> {
-        (0..n).map(|i| if (i + seed).is_multiple_of(3) { -100 } else { ((i * 5 + seed) % vocabulary) as i32 }).collect()
+        (0..n)
+            .map(|i| if (i + seed).is_multiple_of(3) { -100 } else { ((i * 5 + seed) % vocabulary) as i32 })
+            .collect()
     };
     batch.push(&tokens(7, 1), &targets(7, 1), &[0, 1, 2, 3, 0, 1, 2], &[0, 4, 7], 11);
     batch.push(&tokens(1, 2), &targets(1, 2), &[0], &[0, 1], 12);
@@ -144,9 +146,7 @@ fn attention() {
             let (out, log_sum) = forward(&q, &k, &v);
             let nan = |len| vec![f64::NAN; len];
             let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
-            b.attention_backward(
-                &batch, shape, &q, &k, &v, &out, &log_sum, &dout, &mut dq, &mut dk, &mut dv,
-            );
+            b.attention_backward(&batch, shape, &q, &k, &v, &out, &log_sum, &dout, &mut dq, &mut dk, &mut dv);
             let what = format!("attention {heads}/{kv_heads} heads, window {window:?}, {m} tokens");
             check(&format!("{what}: dq"), &q, &dq, |q| weighted(&forward(q, &k, &v).0, &dout));
             check(&format!("{what}: dk"), &k, &dk, |k| weighted(&forward(&q, k, &v).0, &dout));
@@ -175,10 +175,9 @@ fn linear_with_lora() {
     let (inputs, r) = (11, 3);
     let outputs = [9, 4];
     for dropout in [None, Some(Dropout { probability: 0.4, module: 5 })] {
-        for weights in [
-            [dense(9, 11, 1), dense(4, 11, 2)],
-            [quantised(9, 11, 1, true), quantised(4, 11, 2, false)],
-        ] {
+        for weights in
+            [[dense(9, 11, 1), dense(4, 11, 2)], [quantised(9, 11, 1, true), quantised(4, 11, 2, false)]]
+        {
             let weights = weights.map(|w| b.matrix(w));
             let bias = random(9, 5);
             let x = random(m * inputs, 6);
@@ -258,7 +257,9 @@ fn cross_entropy() {
     let losses = b.cross_entropy(&batch, hidden, &h, &head, Some(&mut dh));
     assert_eq!(losses, b.cross_entropy(&batch, hidden, &h, &head, None), "with and without gradient");
     assert_eq!(losses.len(), 3);
-    check("cross_entropy", &h, &dh, |h| b.cross_entropy(&batch, hidden, &h.to_vec(), &head, None).iter().sum());
+    check("cross_entropy", &h, &dh, |h| {
+        b.cross_entropy(&batch, hidden, &h.to_vec(), &head, None).iter().sum()
+    });
 }
 
 #[test]

@@ -78,7 +78,8 @@ fn gradients<T: Real>(
     let shape = BatchShape::of(&batch);
     let mut gradients = Adapter::zeros(&decoder.backend, &golden.layout);
     let mut work = Workspace::new(decoder, &golden.layout, shape.tokens, recompute);
-    let losses = decoder.loss_and_gradients(&batch, shape, &golden.layout, adapter, &mut gradients, &mut work);
+    let losses =
+        decoder.loss_and_gradients(&batch, shape, &golden.layout, adapter, &mut gradients, &mut work);
     let scale = 1.0 / shape.labelled as f64;
     (losses, gradients.tensors.iter().map(|t| t.iter().map(|v| v.to_f64() * scale).collect()).collect())
 }
@@ -199,8 +200,12 @@ fn curve<T: Real>(family: &str, variant: &'static str, tolerance: f64) {
     let number = |value: &Value| value.as_f64().unwrap();
     let constants = &golden.json["adamw"];
     for (s, step) in golden.json["steps"].as_array().unwrap().iter().enumerate() {
-        let rows: Vec<Sequence> =
-            step["rows"].as_array().unwrap().iter().map(|i| sequences[i.as_u64().unwrap() as usize].clone()).collect();
+        let rows: Vec<Sequence> = step["rows"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|i| sequences[i.as_u64().unwrap() as usize].clone())
+            .collect();
         let batch = batch(&rows);
         let shape = BatchShape::of(&batch);
         assert_eq!(step["labelled"], shape.labelled);
@@ -209,9 +214,13 @@ fn curve<T: Real>(family: &str, variant: &'static str, tolerance: f64) {
         let loss = losses.iter().sum::<f64>() / shape.labelled as f64;
         let tensors: Vec<_> = gradients.tensors.iter().collect();
         let norm = backend.square_sum(&tensors).sqrt() / shape.labelled as f64;
-        for (what, found, want) in [("loss", loss, number(&step["loss"])), ("norm", norm, number(&step["grad_norm"]))]
+        for (what, found, want) in
+            [("loss", loss, number(&step["loss"])), ("norm", norm, number(&step["grad_norm"]))]
         {
-            assert!((found / want - 1.0).abs() < tolerance, "{family} {variant} step {s}: {what} {found}, not {want}");
+            assert!(
+                (found / want - 1.0).abs() < tolerance,
+                "{family} {variant} step {s}: {what} {found}, not {want}"
+            );
         }
         let clip = (number(&golden.json["max_grad_norm"]) / (norm + 1e-6)).min(1.0);
         let update = AdamW {

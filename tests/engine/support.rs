@@ -59,7 +59,11 @@ pub fn modules(names: &[String]) -> Vec<Module> {
 }
 
 /// An adapter with values by PEFT name.
-pub fn adapter<B: Backend>(backend: &B, layout: &AdapterLayout, values: &BTreeMap<String, Vec<f64>>) -> Adapter<B> {
+pub fn adapter<B: Backend>(
+    backend: &B,
+    layout: &AdapterLayout,
+    values: &BTreeMap<String, Vec<f64>>,
+) -> Adapter<B> {
     let mut adapter = Adapter::zeros(backend, layout);
     assert_eq!(values.len(), layout.tensors());
     for (i, tensor) in adapter.tensors.iter_mut().enumerate() {

@@ -65,7 +65,7 @@ pub fn maximum<T: Real>(x: &[T]) -> T {
 fn fold<T: Real>(mut lanes: [T; 16]) -> T {
     for width in [8, 4, 2, 1] {
         for i in 0..width {
-            lanes[i] = lanes[i] + lanes[i + width];
+            lanes[i] += lanes[i + width];
         }
     }
     lanes[0]
