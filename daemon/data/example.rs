@@ -133,7 +133,9 @@ fn conversation(
         return Err("the conversation has no assistant message to learn".into());
     }
     let ranges = if tokenizer.template(tools).map_err(say)?.has_generation() {
-        if rendered.generated.len() < learnt || (learnt < turns.len() && rendered.generated.len() != turns.len()) {
+        if rendered.generated.len() < learnt
+            || (learnt < turns.len() && rendered.generated.len() != turns.len())
+        {
             return Err(format!(
                 "the template's generation blocks mark {} turns, the row has {}",
                 rendered.generated.len(),
@@ -177,15 +179,17 @@ fn locate(
     text: &str,
 ) -> Result<Vec<Range<usize>>, String> {
     let header = tokenizer.probe().header.as_str();
-    let sure = tokenizer.control_token_in(header).is_some() || !messages.iter().any(|m| holds(m, header.trim()));
+    let sure =
+        tokenizer.control_token_in(header).is_some() || !messages.iter().any(|m| holds(m, header.trim()));
     let starts: Vec<usize> = if !header.is_empty() && sure && text.matches(header).count() == turns.len() {
         text.match_indices(header).map(|(at, _)| at + header.len()).collect()
     } else {
         turns
             .iter()
             .map(|&i| {
-                start_by_prefix(tokenizer, &messages[..i], tools, text)
-                    .map_err(|e| format!("cannot tell where message {i} begins in the rendered conversation: {e}"))
+                start_by_prefix(tokenizer, &messages[..i], tools, text).map_err(|e| {
+                    format!("cannot tell where message {i} begins in the rendered conversation: {e}")
+                })
             })
             .collect::<Result<_, _>>()?
     };
@@ -224,7 +228,10 @@ fn start_by_prefix(
     text: &str,
 ) -> Result<usize, String> {
     if before.is_empty() {
-        return Err("the conversation begins with the assistant, and the template's generation prompt is no guide".into());
+        return Err(
+            "the conversation begins with the assistant, and the template's generation prompt is no guide"
+                .into(),
+        );
     }
     let render = |prompt| tokenizer.render(before, tools, prompt).map(|r| r.text).map_err(|e| e.to_string());
     let prefix = render(true)?;
@@ -245,14 +252,19 @@ fn start_by_prefix(
             let said = unprompted.len().saturating_sub(at + token.len());
             if prefix.starts_with(&unprompted) && rest.as_bytes().starts_with(&tail.as_bytes()[..said]) {
                 let shared = tail.bytes().zip(rest.bytes()).take_while(|(a, b)| a == b).count();
-                let line = tail.as_bytes()[said..shared].iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
+                let line =
+                    tail.as_bytes()[said..shared].iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
                 return Ok(start + said + line);
             }
         }
     }
-    let close = closing_text(tokenizer, before, &prefix).ok_or("the template rewrites the turns before it")?;
+    let close =
+        closing_text(tokenizer, before, &prefix).ok_or("the template rewrites the turns before it")?;
     if before.iter().any(|message| holds(message, close.trim())) {
-        return Err(format!("a message holds the text {:?}, with which the template closes turns", close.trim()));
+        return Err(format!(
+            "a message holds the text {:?}, with which the template closes turns",
+            close.trim()
+        ));
     }
     let count = prefix.matches(close).count();
     let found = text.match_indices(close).nth(count.saturating_sub(1));

@@ -57,7 +57,9 @@ pub(super) fn tiny_chatml() -> (tempfile::TempDir, ChatTokenizer) {
 fn untag(template: &str) -> String {
     let mut out = template.to_owned();
     for (tag, block) in [("endgeneration", "endif"), ("generation", "if true")] {
-        for (left, right) in [("{% ", " %}"), ("{%- ", " %}"), ("{%- ", " -%}"), ("{% ", " -%}"), ("{% ", " +%}")] {
+        for (left, right) in
+            [("{% ", " %}"), ("{%- ", " %}"), ("{%- ", " -%}"), ("{% ", " -%}"), ("{% ", " +%}")]
+        {
             out = out.replace(&format!("{left}{tag}{right}"), &format!("{left}{block}{right}"));
         }
     }
@@ -120,7 +122,9 @@ fn compare(
     }
     for (case, expected) in golden["prompts"].as_object().unwrap() {
         // The golden values were made on the fixed date, which `encode_prompt` does not use.
-        let Record::Chat { messages, tools, .. } = record(&inputs["conversations"][case]) else { unreachable!() };
+        let Record::Chat { messages, tools, .. } = record(&inputs["conversations"][case]) else {
+            unreachable!()
+        };
         let got = tokenizer
             .render(&messages, tools.as_ref(), true)
             .and_then(|r| tokenizer.encode_text(&r.text, false))
@@ -193,13 +197,19 @@ fn real_templates_give_the_tokens_and_masks_of_transformers() {
         compare(name, &tokenizer, values, &inputs, &[], &mut wrong);
         for dataset in ["home-robot/train.jsonl", "ha-datasets/function-calling-messages-test.jsonl"] {
             let expected = values.get(dataset.split('/').next().unwrap()).and_then(Json::as_array);
-            let (Some(expected), Some(path)) = (expected, shared(&format!("datasets/{dataset}"))) else { continue };
+            let (Some(expected), Some(path)) = (expected, shared(&format!("datasets/{dataset}"))) else {
+                continue;
+            };
             let text = std::fs::read_to_string(path).unwrap();
             for (i, (line, expected)) in text.lines().zip(expected).enumerate() {
                 let built = build(&tokenizer, &serde_json::from_str(line).unwrap());
                 let got = built.as_ref().map_or("refused".to_owned(), digest);
                 if got != expected.as_str().unwrap() {
-                    wrong.push(format!("{name} {dataset}:{}: got {got}, want {expected}: {:?}", i + 1, built.err()));
+                    wrong.push(format!(
+                        "{name} {dataset}:{}: got {got}, want {expected}: {:?}",
+                        i + 1,
+                        built.err()
+                    ));
                 }
             }
         }
@@ -213,4 +223,53 @@ fn digest(example: &Example) -> String {
     let learnt: Vec<String> = runs(&example.mask).iter().map(|[a, b]| format!("{a}-{b}")).collect();
     let text = format!("{};{}", ids.join(","), learnt.join(","));
     super::tokenizer::hex(&Sha256::digest(text)[..4])
+}
+
+#[test]
+fn real_datasets_are_prepared() {
+    use super::{EpochPlan, Marks, inspect, prepare};
+    use crate::config::spec::{DataFormat, DataSpec, OnBadRow};
+    let (Some(tokenizers), Some(datasets)) = (shared("tokenizers"), shared("datasets")) else { return };
+    let cache = tempfile::tempdir().unwrap();
+    let spec = |train: &str, eval: Option<&str>| DataSpec {
+        train: vec![datasets.join(train)],
+        eval: eval.map(|e| datasets.join(e)),
+        eval_fraction: 0.0,
+        format: DataFormat::Auto,
+        sequence_length: 1024,
+        packing: true,
+        shuffle: true,
+        train_on: TrainOn::Assistant,
+        on_bad_row: OnBadRow::Refuse,
+    };
+    let smollm2 = ChatTokenizer::load(&tokenizers.join("smollm2")).unwrap();
+    let robot = spec("home-robot/train.jsonl", Some("home-robot/eval.jsonl"));
+    let data = prepare(&robot, 42, &smollm2, cache.path(), None, &mut |_| {}).unwrap();
+    println!("{}", inspect(&data, &smollm2, 2, Marks::Brackets));
+    assert_eq!(data.train.len() as u64 + data.report.train.dropped_overlap, 9360);
+    assert_eq!(data.eval.as_ref().unwrap().len(), 400);
+    let plan = EpochPlan::new(&data.train, 1024, true, true, 42, 0);
+    let filled = data.train.total_tokens() as f64 / (plan.len() * 1024) as f64;
+    println!("{} sequences, {:.2} % filled", plan.len(), 100.0 * filled);
+    assert!(filled > 0.97);
+    assert!(prepare(&robot, 42, &smollm2, cache.path(), None, &mut |_| {}).unwrap().report.cached);
+
+    // `messages` and `tools` as JSON in strings.
+    let qwen = ChatTokenizer::load(&tokenizers.join("qwen2.5")).unwrap();
+    let home =
+        DataSpec { sequence_length: 8192, ..spec("ha-datasets/function-calling-messages-test.jsonl", None) };
+    let data = prepare(&home, 42, &qwen, cache.path(), None, &mut |_| {}).unwrap();
+    println!("{}", inspect(&data, &qwen, 1, Marks::Brackets));
+    assert!(data.report.train.share_masked > 0.9);
+
+    let unknown = prepare(
+        &spec("sql-eval/instruct_basic_sqlite.csv", None),
+        42,
+        &qwen,
+        cache.path(),
+        None,
+        &mut |_| {},
+    );
+    let refusal = unknown.unwrap_err().to_string();
+    assert!(refusal.contains("query_category"), "{refusal}");
 }

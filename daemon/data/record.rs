@@ -76,7 +76,8 @@ pub(super) fn detect(rows: &[Map<String, Json>]) -> Result<DataFormat, String> {
     let count = |format: DataFormat| found.iter().filter(|f| **f == format).count();
     let best = found.iter().copied().reduce(|best, f| if count(f) > count(best) { f } else { best });
     best.ok_or_else(|| {
-        let keys: Vec<&str> = rows.first().map(|r| r.keys().map(String::as_str).collect()).unwrap_or_default();
+        let keys: Vec<&str> =
+            rows.first().map(|r| r.keys().map(String::as_str).collect()).unwrap_or_default();
         let hint = if keys.contains(&"chosen") && keys.contains(&"rejected") {
             " (preference pairs cannot be learnt by method = \"sft\")"
         } else {
@@ -227,8 +228,8 @@ fn sharegpt(row: &Map<String, Json>) -> Result<Record, String> {
 
 /// ShareGPT's `function_call`: the JSON of one call or of a list of calls.
 fn function_calls(value: &str) -> Result<Json, String> {
-    let parsed: Json =
-        serde_json::from_str(value).map_err(|e| format!("a function call must be JSON with `name` and `arguments`: {e}"))?;
+    let parsed: Json = serde_json::from_str(value)
+        .map_err(|e| format!("a function call must be JSON with `name` and `arguments`: {e}"))?;
     let calls = match parsed {
         Json::Array(calls) => calls,
         call => vec![call],
@@ -254,7 +255,10 @@ fn messages(value: &Json, key: &str) -> Result<Vec<Json>, String> {
     if list.is_empty() {
         return Err(format!("`{key}` is empty"));
     }
-    list.into_iter().enumerate().map(|(i, m)| check_message(m).map_err(|e| format!("{key}[{i}]: {e}"))).collect()
+    list.into_iter()
+        .enumerate()
+        .map(|(i, m)| check_message(m).map_err(|e| format!("{key}[{i}]: {e}")))
+        .collect()
 }
 
 fn check_message(message: Json) -> Result<Json, String> {
@@ -263,7 +267,9 @@ fn check_message(message: Json) -> Result<Json, String> {
     };
     let role = match message.get("role") {
         Some(Json::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
-        Some(Json::String(role)) => return Err(format!("unknown role {role:?}; known are {}", ROLES.join(", "))),
+        Some(Json::String(role)) => {
+            return Err(format!("unknown role {role:?}; known are {}", ROLES.join(", ")));
+        }
         Some(other) => return Err(format!("`role` must be a string, it is {}", kind(other))),
         None => return Err("`role` is missing".into()),
     };
@@ -285,7 +291,9 @@ fn check_message(message: Json) -> Result<Json, String> {
         Some(Json::Array(_)) => None,
         None | Some(Json::Null) if calls => None,
         None | Some(Json::Null) => return Err("`content` is missing".into()),
-        Some(other) => return Err(format!("`content` must be a string or a list of text parts, it is {}", kind(other))),
+        Some(other) => {
+            return Err(format!("`content` must be a string or a list of text parts, it is {}", kind(other)));
+        }
     };
     if let Some(text) = content {
         message.insert("content".into(), Json::String(text));
@@ -387,7 +395,9 @@ mod tests {
     fn messages_are_checked() {
         let m = |value: Json| chat(json!({"messages": value}), DataFormat::Messages);
         assert_eq!(
-            m(json!("[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"a\"},{\"type\":\"text\",\"text\":\"b\"}],\"x\":1}]")),
+            m(json!(
+                "[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"a\"},{\"type\":\"text\",\"text\":\"b\"}],\"x\":1}]"
+            )),
             Ok(json!([{"role": "user", "content": "ab", "x": 1}]))
         );
         assert!(m(json!([{"role": "assistant", "content": null, "tool_calls": [{"function": {}}]}])).is_ok());
@@ -440,7 +450,8 @@ mod tests {
 
     #[test]
     fn alpaca_with_and_without_a_template() {
-        let value = json!({"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["q", "a"]]});
+        let value =
+            json!({"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["q", "a"]]});
         assert_eq!(
             chat(value.clone(), DataFormat::Alpaca),
             Ok(json!([
@@ -470,7 +481,9 @@ mod tests {
             Ok(Record::Completion { prompt: "[1]".into(), completion: "{}".into() })
         );
         assert!(matches!(
-            p(json!({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]})),
+            p(
+                json!({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]})
+            ),
             Ok(Record::Chat { prompt: 1, .. })
         ));
         assert!(p(json!({"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]})).is_err());

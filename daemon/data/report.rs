@@ -172,13 +172,16 @@ pub fn inspect(data: &PreparedData, tokenizer: &ChatTokenizer, samples: usize, m
     for i in sample(&data.train, samples) {
         let (file, line) = data.train.origin(i);
         let path = report.files.get(file).map(|f| f.path.display().to_string()).unwrap_or_default();
-        let _ = writeln!(out, "\n── {path}:{line} · {} tokens · learnt: {open}…{close}", data.train.row_len(i));
+        let _ =
+            writeln!(out, "\n── {path}:{line} · {} tokens · learnt: {open}…{close}", data.train.row_len(i));
         for (text, learnt) in segments(&data.train, i, tokenizer) {
             // What a row holds must not steer the terminal it is shown on.
-            let text: String = text
-                .chars()
-                .map(|c| if c.is_control() && c != '\n' && c != '\t' { char::REPLACEMENT_CHARACTER } else { c })
-                .collect();
+            let text: String =
+                text.chars()
+                    .map(|c| {
+                        if c.is_control() && c != '\n' && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }
+                    })
+                    .collect();
             let _ = if learnt { write!(out, "{open}{text}{close}") } else { write!(out, "{text}") };
         }
         out.push('\n');
@@ -215,7 +218,11 @@ fn write_split(out: &mut String, name: &str, split: &SplitReport, sequence_lengt
         split.trainable_tokens,
         100.0 * split.share_masked,
     );
-    let _ = writeln!(out, "  tokens per row: median {}, 95 % at most {}, longest {}", split.median, split.p95, split.longest);
+    let _ = writeln!(
+        out,
+        "  tokens per row: median {}, 95 % at most {}, longest {}",
+        split.median, split.p95, split.longest
+    );
     let _ = writeln!(
         out,
         "  cut at {sequence_length} tokens: {:.1} % of the rows, {} tokens lost",

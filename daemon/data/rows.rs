@@ -151,7 +151,13 @@ impl Writer {
         let beside = |suffix: &str| path.with_extension(format!("{suffix}-{}.tmp", std::process::id()));
         let (rows_path, index_path) = (beside("rows"), beside("index"));
         let create = |path: &Path| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).map_err(io_error("create", path))
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(path)
+                .map_err(io_error("create", path))
         };
         let mut writer = Self {
             path: path.into(),
@@ -178,7 +184,14 @@ impl Writer {
     }
 
     /// Appends a row.
-    pub fn push(&mut self, file: u32, line: u64, tokens: &[u32], mask: &[bool], cut: u32) -> Result<(), StoreError> {
+    pub fn push(
+        &mut self,
+        file: u32,
+        line: u64,
+        tokens: &[u32],
+        mask: &[bool],
+        cut: u32,
+    ) -> Result<(), StoreError> {
         let mut bits = vec![0u8; mask_bytes(tokens.len())];
         for (t, _) in mask.iter().enumerate().filter(|(_, m)| **m) {
             bits[t / 8] |= 1 << (t % 8);
@@ -307,7 +320,8 @@ impl Store {
             (at >= HEADER && end <= bytes.len()).then_some(at..end)
         };
         let index_len = header.rows.checked_mul(size_of::<Entry>() as u64);
-        let index = index_len.and_then(|len| place(header.index_at, len)).filter(|r| r.start % 8 == 0);
+        let index =
+            index_len.and_then(|len| place(header.index_at, len)).filter(|r| r.start.is_multiple_of(8));
         let report = place(header.report_at, header.report_len);
         let (Some(index), Some(report)) = (index, report) else {
             return Err(damaged("its index lies outside of it"));
@@ -315,7 +329,7 @@ impl Store {
         let entries: &[Entry] = bytemuck::cast_slice(&bytes[index.clone()]);
         let fits = |e: &Entry| {
             let len = e.tokens as usize * 4 + mask_bytes(e.tokens as usize);
-            e.at % 4 == 0 && place(e.at, len as u64).is_some()
+            e.at.is_multiple_of(4) && place(e.at, len as u64).is_some()
         };
         if header.rows > u64::from(u32::MAX) || !entries.iter().all(fits) {
             return Err(damaged("a row lies outside of it"));
@@ -372,7 +386,15 @@ impl TokenRows {
             digest.copy_from_slice(&Sha256::digest(bytemuck::cast_slice::<u32, u8>(tokens))[..16]);
             let tokens_len = tokens.len() as u32;
             let at = words.len() as u64;
-            index.push(Entry { at, line, tokens: tokens_len, trainable: trainable as u32, cut: 0, file: 0, digest });
+            index.push(Entry {
+                at,
+                line,
+                tokens: tokens_len,
+                trainable: trainable as u32,
+                cut: 0,
+                file: 0,
+                digest,
+            });
             words.extend_from_slice(bytemuck::cast_slice(tokens));
             let mut bits = vec![0u8; mask_bytes(tokens.len())];
             for t in (0..mask.len()).filter(|&t| learnt(t)) {
@@ -384,8 +406,14 @@ impl TokenRows {
         let index_at = words.len();
         words.extend_from_slice(bytemuck::cast_slice(&index));
         let end = words.len();
-        let memory = words.chunks(8).map(|c| bytemuck::pod_read_unaligned(c)).collect();
-        let store = Store { backing: Backing::Memory(memory), rows: index.len(), index_at, key: [0; 32], report: end..end };
+        let memory = words.chunks(8).map(bytemuck::pod_read_unaligned).collect();
+        let store = Store {
+            backing: Backing::Memory(memory),
+            rows: index.len(),
+            index_at,
+            key: [0; 32],
+            report: end..end,
+        };
         Self::view(Arc::new(store), None)
     }
 
@@ -512,13 +540,20 @@ mod tests {
         }
         for length in [1, HEADER - 1, HEADER, HEADER + 5, good.len() - 1] {
             fs::write(&path, &good[..length]).unwrap();
-            assert!(matches!(TokenRows::open(&path, key), Err(StoreError::Damaged { .. })), "length {length}");
+            assert!(
+                matches!(TokenRows::open(&path, key), Err(StoreError::Damaged { .. })),
+                "length {length}"
+            );
         }
     }
 
     #[test]
     fn memory_and_file_hold_the_same() {
-        let rows = TokenRows::from_examples(&[(vec![1, 2], vec![true, true]), (vec![], vec![]), (vec![9; 9], vec![true; 9])]);
+        let rows = TokenRows::from_examples(&[
+            (vec![1, 2], vec![true, true]),
+            (vec![], vec![]),
+            (vec![9; 9], vec![true; 9]),
+        ]);
         assert_eq!((rows.len(), rows.total_tokens(), rows.trainable_tokens()), (3, 11, 9));
         assert_eq!(rows.row(0).1.iter().collect::<Vec<_>>(), [false, true]);
         assert_eq!(rows.row(2).0, [9; 9]);

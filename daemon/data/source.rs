@@ -193,7 +193,8 @@ impl RowReader {
                 Ok(header) => header.iter().map(|name| name.trim().to_owned()).collect::<Vec<_>>(),
                 Err(e) => return Err(csv_error(path, e)),
             };
-            if let Some(twice) = header.iter().enumerate().find_map(|(i, n)| header[..i].contains(n).then_some(n))
+            if let Some(twice) =
+                header.iter().enumerate().find_map(|(i, n)| header[..i].contains(n).then_some(n))
             {
                 let reason = format!("the header names the column {twice:?} twice");
                 return Err(SourceError::Malformed { path: path.into(), line: 1, reason });
@@ -205,7 +206,8 @@ impl RowReader {
                 reader.consume(3);
             }
             // JSON Lines may start with empty lines, an array with white space: 64 KiB of it is enough.
-            let first = reader.fill_buf().map_err(read_error)?.iter().find(|b| !b.is_ascii_whitespace()).copied();
+            let first =
+                reader.fill_buf().map_err(read_error)?.iter().find(|b| !b.is_ascii_whitespace()).copied();
             if first == Some(b'[') {
                 Frame::Array { reader, started: false, ended: false }
             } else {
@@ -238,17 +240,15 @@ impl RowReader {
     /// The next row, or `None` at the end.
     pub fn next_row(&mut self) -> Result<Option<RawRow>, SourceError> {
         match &mut self.frame {
-            Frame::Lines(reader) => {
-                next_line(reader, &mut self.line).map_err(|source| SourceError::Read { path: self.path.clone(), source })
-            }
-            Frame::Array { reader, started, ended } => {
-                next_element(reader, started, ended, &mut self.line).map_err(|e| match e {
+            Frame::Lines(reader) => next_line(reader, &mut self.line)
+                .map_err(|source| SourceError::Read { path: self.path.clone(), source }),
+            Frame::Array { reader, started, ended } => next_element(reader, started, ended, &mut self.line)
+                .map_err(|e| match e {
                     ArrayError::Read(source) => SourceError::Read { path: self.path.clone(), source },
                     ArrayError::Malformed(reason) => {
                         SourceError::Malformed { path: self.path.clone(), line: self.line, reason }
                     }
-                })
-            }
+                }),
             Frame::Csv { reader, header } => {
                 self.allowance.set(MAX_ROW_BYTES);
                 next_record(reader, header).map_err(|e| csv_error(&self.path, e))
@@ -315,7 +315,11 @@ fn next_element(
     loop {
         let buffer = reader.fill_buf().map_err(ArrayError::Read)?;
         if buffer.is_empty() {
-            return if *ended { Ok(None) } else { malformed("the array is not closed: is the file cut off?") };
+            return if *ended {
+                Ok(None)
+            } else {
+                malformed("the array is not closed: is the file cut off?")
+            };
         }
         let mut used = 0;
         let mut complete = None;
@@ -341,7 +345,9 @@ fn next_element(
                 start_line = *line;
             }
             if element.len() >= MAX_ROW_BYTES {
-                return malformed("an element of the array is longer than 16 MiB: is a bracket or a quote missing?");
+                return malformed(
+                    "an element of the array is longer than 16 MiB: is a bracket or a quote missing?",
+                );
             }
             if in_string {
                 element.push(byte);
@@ -383,10 +389,7 @@ fn next_element(
 }
 
 /// One CSV record.
-fn next_record(
-    reader: &mut csv::Reader<Tap>,
-    header: &[String],
-) -> Result<Option<RawRow>, csv::Error> {
+fn next_record(reader: &mut csv::Reader<Tap>, header: &[String]) -> Result<Option<RawRow>, csv::Error> {
     let mut record = csv::ByteRecord::new();
     if !reader.read_byte_record(&mut record)? {
         return Ok(None);
@@ -476,7 +479,10 @@ mod tests {
     fn a_broken_line_does_not_hide_the_next() {
         let rows = objects("a.jsonl", "{\"a\":\n[1]\n{\"b\":2}\n");
         assert!(rows[0].1.as_ref().is_err_and(|e| e.contains("not valid JSON")), "{rows:?}");
-        assert!(rows[1].1.as_ref().is_err_and(|e| e.contains("not valid JSON") || e.contains("array")), "{rows:?}");
+        assert!(
+            rows[1].1.as_ref().is_err_and(|e| e.contains("not valid JSON") || e.contains("array")),
+            "{rows:?}"
+        );
         assert_eq!(rows[2], (3, Ok("{\"b\":2}".into())));
     }
 

@@ -233,7 +233,8 @@ fn take_marks(marked: &str) -> Rendered {
 
 /// `strftime_now`.
 fn strftime_now(format: &str, date: Date) -> Result<String, Error> {
-    let invalid = |e: &dyn std::fmt::Display| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}"));
+    let invalid =
+        |e: &dyn std::fmt::Display| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}"));
     let moment = match date {
         Date::Fixed => jiff::civil::date(2024, 7, 26).to_zoned_datetime(jiff::tz::TimeZone::UTC),
         Date::Today => jiff::Timestamp::try_from(SystemClock::new().wall())
@@ -381,7 +382,12 @@ mod tests {
 
     fn render(source: &str, messages: Json) -> Result<Rendered, TemplateError> {
         let special = [("bos_token".to_owned(), "<s>".to_owned())];
-        ChatTemplate::compile(source, &special)?.render(messages.as_array().unwrap(), None, false, Date::Fixed)
+        ChatTemplate::compile(source, &special)?.render(
+            messages.as_array().unwrap(),
+            None,
+            false,
+            Date::Fixed,
+        )
     }
 
     fn text(source: &str, messages: Json) -> String {
@@ -403,7 +409,10 @@ mod tests {
             "{\"a\": [1, 2.0, 1e+20, 1.5e-07, -0.0, true, null], \"é<&>'\": \"\\\"\\\\\\n\\u0001\u{7f}\", \"e\": {}}"
         );
         assert_eq!(
-            text("{{ messages[0].content.a[:2] | tojson(indent=2) }}|{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, ensure_ascii=true, separators=(',', ':')) }}", x),
+            text(
+                "{{ messages[0].content.a[:2] | tojson(indent=2) }}|{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, ensure_ascii=true, separators=(',', ':')) }}",
+                x
+            ),
             "[\n  1,\n  2.0\n]|{\"a\":\"\\u00e9\",\"b\":1}"
         );
     }
@@ -411,7 +420,10 @@ mod tests {
     #[test]
     fn values_print_as_python_prints_them() {
         assert_eq!(
-            text("{{ messages[0].content }} {{ true }} {{ 1.0 }} {{ missing }}", json!([{"content": {"a": "x", "b": [1, false]}}])),
+            text(
+                "{{ messages[0].content }} {{ true }} {{ 1.0 }} {{ missing }}",
+                json!([{"content": {"a": "x", "b": [1, false]}}])
+            ),
             "{'a': 'x', 'b': [1, False]} True 1.0 "
         );
     }

@@ -138,8 +138,9 @@ impl ChatTokenizer {
 
         let (template_text, tool_template_text) = templates(model_dir, &config, &config_path)?;
         let globals: Vec<(String, String)> = special.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let compile =
-            |text: &str| if text.is_empty() { Ok(None) } else { ChatTemplate::compile(text, &globals).map(Some) };
+        let compile = |text: &str| {
+            if text.is_empty() { Ok(None) } else { ChatTemplate::compile(text, &globals).map(Some) }
+        };
         let template = compile(&template_text)?;
         let tool_template = compile(tool_template_text.as_deref().unwrap_or_default())?;
 
@@ -243,10 +244,7 @@ impl ChatTokenizer {
     /// The template for a conversation with or without tools.
     pub(super) fn template(&self, tools: Option<&Json>) -> Result<&ChatTemplate, TokenizerError> {
         let preferred = if tools.is_some() { self.tool_template.as_ref() } else { None };
-        preferred
-            .or(self.template.as_ref())
-            .or(self.tool_template.as_ref())
-            .ok_or(TokenizerError::NoTemplate)
+        preferred.or(self.template.as_ref()).or(self.tool_template.as_ref()).ok_or(TokenizerError::NoTemplate)
     }
 
     /// Renders a conversation as training rows are: on the fixed date, without a generation prompt unless asked.
@@ -315,7 +313,8 @@ impl ChatTokenizer {
         let with = render(std::slice::from_ref(&user), true).map(|r| r.text).unwrap_or_default();
         let without = render(std::slice::from_ref(&user), false).map(|r| r.text).unwrap_or_default();
         let header = with.strip_prefix(&without).unwrap_or_default().to_owned();
-        let user_close = with.rfind(QUESTION).map(|at| with[at + QUESTION.len()..].to_owned()).unwrap_or_default();
+        let user_close =
+            with.rfind(QUESTION).map(|at| with[at + QUESTION.len()..].to_owned()).unwrap_or_default();
         if let Some(rendered) = render(&[user, assistant], false)
             && let Some(at) = rendered.text.rfind(ANSWER)
         {
