@@ -7,7 +7,7 @@ Writes data/train.jsonl, data/eval.jsonl and prompts.json (three questions that 
 
 The base model has met all of these words and answers such requests in polite sentences; it has never seen an intent.
 The held-out rows ask for more than memory: no answer of theirs stands in the training file, and in one out of three
-the thing itself (a lantern, a jar, a shovel, a pillow) never occurs in the training file.
+the thing itself (a lantern, a jar, a shovel, a pillow) is never the object of a training row.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from random import Random
 from commands import Command, command
 
 HERE = Path(__file__).resolve().parent
-TRAIN_ROWS, EVAL_ROWS = 480, 48
+TRAIN_ROWS, EVAL_ROWS = 600, 48
 HELD_OUT_THINGS = {"lantern", "jar", "shovel", "pillow"}
 
 SHOWCASE = [

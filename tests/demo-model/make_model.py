@@ -266,6 +266,7 @@ def main():
     train(model, rows, args.steps, args.batch_tokens, Random(args.seed))
     weights = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(weights, str(args.output / "model.safetensors"), metadata={"format": "pt"})
+    (args.output / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
 
     # What is measured is what was written.
     model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
