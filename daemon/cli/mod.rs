@@ -9,10 +9,14 @@
 
 mod arguments;
 mod console;
+mod data;
 mod exit;
+mod generate;
 mod interrupt;
+mod plan;
 mod progress;
 mod run;
+mod spec;
 
 use clap::{Parser, Subcommand};
 use exit::{EXIT_CODES, Exit, Failure};
@@ -38,6 +42,28 @@ Examples:
 
 Ctrl-C writes a checkpoint and ends; --resume continues, to the same bits.")]
     Run(run::RunArguments),
+    /// Say what a run would take: parameters, tokens, steps, memory by part
+    #[command(after_help = "\
+Examples:
+  finetuned plan night.toml
+  finetuned plan night.toml --set data.sequence_length=2048
+  finetuned plan night.toml --json | jq .memory.total
+
+Nothing is trained. Exit code 9, and the smallest change that helps, when the run does not fit in memory.")]
+    Plan(plan::PlanArguments),
+    /// Ask a model, with or without an adapter
+    #[command(after_help = "\
+Examples:
+  finetuned generate --model SmolLM2-135M-Instruct --prompt 'Where is the charging dock?'
+  finetuned generate --model SmolLM2-135M-Instruct --adapter runs/night/adapter --prompt '…'
+  finetuned generate --model stories --raw --prompt 'Once upon a time' --temperature 0.8 --top-p 0.9 --seed 7")]
+    Generate(generate::GenerateArguments),
+    /// Look at the data of a spec
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Look at a spec
+    #[command(subcommand)]
+    Spec(spec::SpecCommand),
 }
 
 /// Runs the command line.
@@ -56,5 +82,9 @@ pub fn main() -> ExitCode {
 fn dispatch(command: &Command) -> Result<Exit, Failure> {
     match command {
         Command::Run(arguments) => run::command(arguments),
+        Command::Plan(arguments) => plan::command(arguments),
+        Command::Generate(arguments) => generate::command(arguments),
+        Command::Data(command) => data::command(command),
+        Command::Spec(command) => spec::command(command),
     }
 }

@@ -52,11 +52,22 @@ enum View {
     /// The second takes the bar away when it is dropped.
     Bar(ProgressBar, console::Shown),
     Lines,
+    /// Notes on standard error, nothing else: standard output belongs to the command's result.
+    Notes,
 }
 
 impl<'a> Progress<'a> {
     /// A bar where somebody watches, lines otherwise.
     pub fn new(clock: &'a dyn Clock) -> Self {
+        Self::or_else(clock, View::Lines)
+    }
+
+    /// A bar where somebody watches, nothing but notes otherwise: for commands that prepare and do not train.
+    pub fn of_preparation(clock: &'a dyn Clock) -> Self {
+        Self::or_else(clock, View::Notes)
+    }
+
+    fn or_else(clock: &'a dyn Clock, view: View) -> Self {
         let view = if console::interactive() {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
             // The time in a message that never changes would look like a hang: tick on.
@@ -64,7 +75,7 @@ impl<'a> Progress<'a> {
             let shown = console::show(&bar);
             View::Bar(bar, shown)
         } else {
-            View::Lines
+            view
         };
         Self {
             view,
@@ -195,6 +206,12 @@ impl Observer for Progress<'_> {
         if let View::Bar(bar, _) = &self.view {
             let bar = bar.clone();
             return self.on_bar(&bar, &event);
+        }
+        if let View::Notes = self.view {
+            if let Event::Note(text) = event {
+                console::message(&format!("note: {text}"));
+            }
+            return;
         }
         if let Event::Preparing { what, .. } = event {
             if self.preparing == what {
