@@ -11,9 +11,11 @@
 //! 1. from the template's `{% generation %}` blocks, where it has them; else
 //! 2. from the header that `add_generation_prompt` appends (`<|im_start|>assistant\n`): where it occurs exactly once for
 //!    every assistant message, those are the turns; else
-//! 3. by rendering, for every assistant message, the conversation before it. Where that is not simply a prefix of the
-//!    whole (some templates put the system text or the tools into the last user turn, or drop earlier reasoning), its
-//!    last control token is looked for in the whole, at the same count, and what follows it is compared.
+//! 3. by rendering, for every assistant message, the conversation before it with a generation prompt. Where that is
+//!    simply a prefix of the whole, the turn begins at its end. Some templates rewrite what came before (they put the
+//!    system text or the tools into the last user turn, or drop earlier reasoning). Then what the prefix ends with is
+//!    looked for in the whole, at the same count: its last control token, or else the plain text with which the
+//!    template closes the message before (`[/INST]`), as long as no message holds that text itself.
 //!
 //! In 2 and 3 the first end-of-turn token behind the beginning ends the turn. Both rest on one rule: **a row may not
 //! contain the text of a control token**. A row that does is refused, so every control token in the rendered text was
@@ -177,7 +179,9 @@ fn locate(
     text: &str,
 ) -> Result<Vec<Range<usize>>, String> {
     let header = tokenizer.probe().header.as_str();
-    let starts: Vec<usize> = if !header.is_empty() && text.matches(header).count() == turns.len() {
+    let sure =
+        tokenizer.control_token_in(header).is_some() || !messages.iter().any(|m| holds(m, header.trim()));
+    let starts: Vec<usize> = if !header.is_empty() && sure && text.matches(header).count() == turns.len() {
         text.match_indices(header).map(|(at, _)| at + header.len()).collect()
     } else {
         turns
@@ -229,27 +233,66 @@ fn start_by_prefix(
                 .into(),
         );
     }
-    let prefix = tokenizer.render(before, tools, true).map_err(|e| e.to_string())?.text;
+    let render = |prompt| tokenizer.render(before, tools, prompt).map(|r| r.text).map_err(|e| e.to_string());
+    let prefix = render(true)?;
     if text.starts_with(&prefix) {
         return Ok(prefix.len());
     }
-    let Some((at, token)) = tokenizer.control_tokens(&prefix).last() else {
-        return Err("the template rewrites earlier turns and writes no control tokens".into());
-    };
-    let count = tokenizer.control_tokens(&prefix).filter(|(_, t)| *t == token).count();
-    let Some((found, _)) = tokenizer.control_tokens(text).filter(|(_, t)| *t == token).nth(count - 1) else {
-        return Err(format!("{token:?} occurs less often in it than in the conversation before"));
-    };
-    let start = found + token.len();
-    let tail = &prefix[at + token.len()..];
-    let rest = &text[start..];
-    if rest.starts_with(tail) {
-        return Ok(start + tail.len());
+    if let Some((at, token)) = tokenizer.control_tokens(&prefix).last() {
+        let count = tokenizer.control_tokens(&prefix).filter(|(_, t)| *t == token).count();
+        if let Some((found, _)) = tokenizer.control_tokens(text).filter(|(_, t)| *t == token).nth(count - 1) {
+            let start = found + token.len();
+            let (tail, rest) = (&prefix[at + token.len()..], &text[start..]);
+            if rest.starts_with(tail) {
+                return Ok(start + tail.len());
+            }
+            // The generation prompt may open something that a turn of the past does not have (`<think>\n`). Then the
+            // difference lies within it, and what they share up to the end of a line is the header.
+            let unprompted = render(false)?;
+            let said = unprompted.len().saturating_sub(at + token.len());
+            if prefix.starts_with(&unprompted) && rest.as_bytes().starts_with(&tail.as_bytes()[..said]) {
+                let shared = tail.bytes().zip(rest.bytes()).take_while(|(a, b)| a == b).count();
+                let line =
+                    tail.as_bytes()[said..shared].iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
+                return Ok(start + said + line);
+            }
+        }
     }
-    // The generation prompt opens something that a turn of the past does not have (`<think>\n`): what they share
-    // up to the end of a line is the header.
-    let shared = tail.bytes().zip(rest.bytes()).take_while(|(a, b)| a == b).count();
-    Ok(start + tail.as_bytes()[..shared].iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1))
+    let close =
+        closing_text(tokenizer, before, &prefix).ok_or("the template rewrites the turns before it")?;
+    if before.iter().any(|message| holds(message, close.trim())) {
+        return Err(format!(
+            "a message holds the text {:?}, with which the template closes turns",
+            close.trim()
+        ));
+    }
+    let count = prefix.matches(close).count();
+    let found = text.match_indices(close).nth(count.saturating_sub(1));
+    let (at, _) = found.ok_or("the template rewrites the turns before it")?;
+    Ok(at + close.len())
+}
+
+/// What the template writes behind the last message of `before`, which `prefix` renders.
+fn closing_text<'a>(tokenizer: &'a ChatTokenizer, before: &[Json], prefix: &'a str) -> Option<&'a str> {
+    let last = before.last()?;
+    let close = if last.get("role").and_then(Json::as_str) == Some("user") {
+        tokenizer.probe().user_close.as_str()
+    } else {
+        let content = last.get("content")?.as_str()?.trim();
+        let at = (!content.is_empty()).then(|| prefix.rfind(content))??;
+        &prefix[at + content.len()..]
+    };
+    (!close.trim().is_empty() && prefix.ends_with(close)).then_some(close)
+}
+
+/// Whether a string within the value holds `text`.
+fn holds(value: &Json, text: &str) -> bool {
+    match value {
+        Json::String(s) => s.contains(text),
+        Json::Array(items) => items.iter().any(|item| holds(item, text)),
+        Json::Object(map) => map.iter().any(|(key, item)| key.contains(text) || holds(item, text)),
+        _ => false,
+    }
 }
 
 /// Refuses text that the tokenizer or we would take for a control mark.

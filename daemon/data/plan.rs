@@ -10,7 +10,8 @@
 //! older one among equals); where none has room, a new one is opened, and when [`WINDOW`] are open the fullest is
 //! closed first. A row is never cut to fit. Sequences are numbered as they are opened, so that the order stays the
 //! shuffled one and the last ones are not the leftovers. The window bounds time (`rows × WINDOW` comparisons) and keeps
-//! rows near their place in the shuffled order; over lengths as they occur in chats it fills more than 98 %.
+//! rows near their place in the shuffled order. How full sequences get was measured: 98 to 99 % for rows of 20 to 420
+//! tokens in sequences of 1024, 97.9 % for commands of 33 to 108 tokens (nothing is short enough for what is left).
 //!
 //! A plan holds 4 bytes a row and 4 bytes a sequence.
 
@@ -185,6 +186,13 @@ mod tests {
         // The published sequence of SplitMix64 from the state 0: mix(γ), mix(2γ), mix(3γ).
         let sequence: Vec<u64> = (1..4u64).map(|i| mix(GAMMA.wrapping_mul(i))).collect();
         assert_eq!(sequence, [0xE220_A839_7B1D_CDAF, 0x6E78_9E6A_A1B9_65F4, 0x06C4_5D18_8009_454F]);
+    }
+
+    #[test]
+    fn the_order_never_changes() {
+        assert_eq!(permutation(12, 42, 0), [11, 8, 2, 9, 7, 5, 1, 4, 0, 6, 10, 3]);
+        assert_eq!(permutation(12, 42, 1), [2, 5, 6, 11, 7, 1, 8, 3, 4, 9, 0, 10]);
+        assert_eq!(permutation(12, u64::MAX, u64::MAX), [2, 1, 7, 9, 11, 0, 10, 6, 5, 8, 3, 4]);
     }
 
     #[test]

@@ -328,7 +328,8 @@ impl Store {
             (at >= HEADER && end <= bytes.len()).then_some(at..end)
         };
         let index_len = header.rows.checked_mul(size_of::<Entry>() as u64);
-        let index = index_len.and_then(|len| place(header.index_at, len)).filter(|r| r.start % 8 == 0);
+        let index =
+            index_len.and_then(|len| place(header.index_at, len)).filter(|r| r.start.is_multiple_of(8));
         let report = place(header.report_at, header.report_len);
         let (Some(index), Some(report)) = (index, report) else {
             return Err(damaged("its index lies outside of it"));
@@ -336,7 +337,7 @@ impl Store {
         let entries: &[Entry] = bytemuck::cast_slice(&bytes[index.clone()]);
         let fits = |e: &Entry| {
             let len = e.tokens as usize * 4 + mask_bytes(e.tokens as usize);
-            e.at % 4 == 0 && place(e.at, len as u64).is_some()
+            e.at.is_multiple_of(4) && place(e.at, len as u64).is_some()
         };
         if header.rows > u64::from(u32::MAX) || !entries.iter().all(fits) {
             return Err(damaged("a row lies outside of it"));
@@ -413,7 +414,7 @@ impl TokenRows {
         let index_at = words.len();
         words.extend_from_slice(bytemuck::cast_slice(&index));
         let end = words.len();
-        let memory = words.chunks(8).map(|c| bytemuck::pod_read_unaligned(c)).collect();
+        let memory = words.chunks(8).map(bytemuck::pod_read_unaligned).collect();
         let store = Store {
             backing: Backing::Memory(memory),
             rows: index.len(),

@@ -10,9 +10,9 @@
 //! | `chat_template.jinja`, `additional_chat_templates/tool_use.jinja` | the template; wins over the inline one |
 //! | `generation_config.json` | further tokens that end a generation |
 //!
-//! Which special tokens go around a plain text follows `AutoTokenizer` of transformers 5: when the config says
-//! `add_bos_token` or `add_eos_token`, or when `tokenizer.json` has no post-processor, exactly what those two flags
-//! say; else what the post-processor of `tokenizer.json` does. A rendered chat template gets none: it wrote its own.
+//! Which special tokens go around a plain text is what the post-processor of `tokenizer.json` does, as `AutoTokenizer` of
+//! transformers 5 has it: `add_bos_token` and `add_eos_token` of the config are ignored where a `tokenizer.json` is. A
+//! rendered chat template gets none: it wrote its own.
 //!
 //! **Control tokens.** The tokenizer turns the text `<|im_end|>` into the token that ends a turn, wherever it stands.
 //! In what a template wrote that is right; in what a row of a data set holds it would let the row end its own turn and
@@ -24,7 +24,6 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tokenizers::processors::PostProcessorWrapper;
-use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PostProcessor, Tokenizer};
 
 /// Why a tokenizer could not be loaded or used.
@@ -103,6 +102,8 @@ pub struct ChatTokenizer {
 pub(super) struct Probe {
     /// What `add_generation_prompt` appends: the header of an assistant's turn. Empty when the template ignores it.
     pub header: String,
+    /// What stands between a user's words and the assistant's turn, generation prompt included.
+    pub user_close: String,
     /// Tokens that end an assistant's turn.
     pub closing: Vec<String>,
 }
@@ -132,7 +133,7 @@ impl ChatTokenizer {
         }
         add_special_tokens(&mut inner, &special, &config, &map).map_err(&invalid)?;
 
-        let post = post_processor(&inner, &special, &config).map_err(&invalid)?;
+        let post = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
         let (template_text, tool_template_text) = templates(model_dir, &config, &config_path)?;
@@ -307,12 +308,13 @@ impl ChatTokenizer {
             self.eos_ids.iter().filter_map(|&id| self.inner.id_to_token(id)).collect();
         let user = json!({"role": "user", "content": QUESTION});
         let assistant = json!({"role": "assistant", "content": ANSWER});
-        let Ok(template) = self.template(None) else { return Probe { header: String::new(), closing } };
+        let Ok(template) = self.template(None) else { return Probe { closing, ..Probe::default() } };
         let render = |messages: &[Json], add: bool| template.render(messages, None, add, Date::Fixed).ok();
-        let header = render(std::slice::from_ref(&user), true)
-            .zip(render(std::slice::from_ref(&user), false))
-            .and_then(|(with, without)| with.text.strip_prefix(&without.text).map(str::to_owned))
-            .unwrap_or_default();
+        let with = render(std::slice::from_ref(&user), true).map(|r| r.text).unwrap_or_default();
+        let without = render(std::slice::from_ref(&user), false).map(|r| r.text).unwrap_or_default();
+        let header = with.strip_prefix(&without).unwrap_or_default().to_owned();
+        let user_close =
+            with.rfind(QUESTION).map(|at| with[at + QUESTION.len()..].to_owned()).unwrap_or_default();
         if let Some(rendered) = render(&[user, assistant], false)
             && let Some(at) = rendered.text.rfind(ANSWER)
         {
@@ -324,7 +326,7 @@ impl ChatTokenizer {
         }
         closing.sort();
         closing.dedup();
-        Probe { header, closing }
+        Probe { header, user_close, closing }
     }
 }
 
@@ -440,42 +442,6 @@ fn add_special_tokens(
         }
     }
     inner.add_tokens(missing).map(|_| ()).map_err(|e| e.to_string())
-}
-
-/// What goes around a plain text; see the module's head.
-fn post_processor(
-    inner: &Tokenizer,
-    special: &BTreeMap<String, String>,
-    config: &Json,
-) -> Result<Option<PostProcessorWrapper>, String> {
-    let said = config.get("add_bos_token").is_some() || config.get("add_eos_token").is_some();
-    if !said && let Some(post) = inner.get_post_processor() {
-        return Ok(Some(post.clone()));
-    }
-    let flag = |key: &str| config.get(key).and_then(Json::as_bool).unwrap_or(false);
-    let wanted = |flag: bool, name: &str| -> Result<Option<(String, u32)>, String> {
-        let Some(text) = special.get(name).filter(|_| flag) else { return Ok(None) };
-        let id =
-            inner.token_to_id(text).ok_or_else(|| format!("{name} {text:?} is not in the vocabulary"))?;
-        Ok(Some((text.clone(), id)))
-    };
-    let bos = wanted(flag("add_bos_token"), "bos_token")?;
-    let eos = wanted(flag("add_eos_token"), "eos_token")?;
-    if bos.is_none() && eos.is_none() {
-        return Ok(None);
-    }
-    let mut pieces = Vec::new();
-    pieces.extend(bos.iter().map(|(text, _)| text.clone()));
-    pieces.push("$A".to_owned());
-    pieces.extend(eos.iter().map(|(text, _)| text.clone()));
-    let tokens: Vec<(String, u32)> = bos.into_iter().chain(eos).collect();
-    let template = TemplateProcessing::builder()
-        .try_single(pieces)
-        .map_err(|e| e.to_string())?
-        .special_tokens(tokens)
-        .build()
-        .map_err(|e| e.to_string())?;
-    Ok(Some(template.into()))
 }
 
 /// The chat template's text and that of the template for tools.

@@ -13,6 +13,7 @@ use crate::model::memory::{self, MemoryPlan, MicroBatch};
 use crate::model::weights::{Base, WeightsError};
 use crate::train::observer::{Event, Observer};
 use crate::units::Bytes;
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// Why a run could not be prepared. Nothing was trained or written.
@@ -175,18 +176,13 @@ fn initial_adapter(
     if config.r != wanted.r {
         differences.push(format!("its r is {}, lora.r is {}", config.r, wanted.r));
     }
-    let scale = |c: &AdapterConfig| {
-        LoraSpec { r: c.r, alpha: c.alpha, use_rslora: c.use_rslora, ..spec.lora.clone() }.scale()
-    };
-    if scale(&config) != wanted_scale(layout) {
+    let scale =
+        LoraSpec { r: config.r, alpha: config.alpha, use_rslora: config.use_rslora, ..spec.lora.clone() }
+            .scale();
+    if scale != layout.scale {
         differences.push(format!(
-            "it scales by {} (alpha {}, use_rslora {}), the spec by {} (alpha {}, use_rslora {})",
-            scale(&config),
-            config.alpha,
-            config.use_rslora,
-            wanted_scale(layout),
-            wanted.alpha,
-            wanted.use_rslora
+            "it scales by {scale} (alpha {}, use_rslora {}), the spec by {} (alpha {}, use_rslora {})",
+            config.alpha, config.use_rslora, layout.scale, wanted.alpha, wanted.use_rslora
         ));
     }
     if config.target_modules != wanted.target_modules {
@@ -202,18 +198,13 @@ fn initial_adapter(
     if !differences.is_empty() {
         return Err(unfit(format!("this adapter does not fit: {}", differences.join("; "))));
     }
-    let mut hash = sha2::Sha256::default();
-    for (tensor, i) in values.iter().zip(0..) {
-        use sha2::Digest;
+    let mut hash = Sha256::new();
+    for (i, tensor) in values.iter().enumerate() {
         hash.update(layout.name(i).as_bytes());
         tensor.iter().for_each(|v| hash.update(v.to_le_bytes()));
     }
-    let hash = sha2::Digest::finalize(hash).iter().map(|b| format!("{b:02x}")).collect();
+    let hash = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
     Ok((values, hash))
-}
-
-fn wanted_scale(layout: &AdapterLayout) -> f64 {
-    layout.scale
 }
 
 /// Tensors by name, in the order of the layout; exactly those.

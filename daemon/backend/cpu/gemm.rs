@@ -3,7 +3,7 @@
 //! The scheme is Goto's (ACM TOMS 34(3), 2008): A and B are copied ("packed") into panels that the innermost kernel
 //! reads strictly forwards, the kernel holds an MR × NR tile of C in registers, and a KC-deep panel of B stays in the
 //! first-level cache while the tiles of A stream past. What a library does not offer, and why this is ours
-//! (`docs/decisions/0002-own-cpu-gemm.md`):
+//! (`docs/decisions/own-cpu-gemm.md`):
 //!
 //! * **B may be a 4-bit matrix.** Its panel is dequantised while it is packed, so a full-precision copy of the weight
 //!   never exists, in either orientation ([`Operand`]).
