@@ -51,11 +51,11 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     for (file, damage) in damages {
         let output = fixture.output();
         let output = output.path();
-        // Inside a step, so that there are gradients.
-        assert!(fixture.stop_after(20, &fixture.spec(&[]), output, false));
+        assert!(fixture.stop_after(17, &fixture.spec(&[]), output, false));
         let before = checkpoints(output);
         assert!(before.len() > 1, "{before:?}");
         let newest = before.last().unwrap();
+        assert!(newest.join("gradients.safetensors").exists(), "{newest:?} is not inside a step");
         damage(&newest.join(file));
         assert_eq!(finish_with_notes(output), 1, "{file}");
         assert_eq!(&Bits::of(output), expected(), "{file}");
@@ -147,7 +147,8 @@ fn crash(at: usize, spec: &Spec, output: &Path) -> bool {
 /// A spec under which held-out loss gets worse at the end: the adapter is the best evaluation's, not the last step's.
 fn overfitting() -> Spec {
     shared().spec(&[
-        "train.learning_rate=0.1",
+        "data.eval=unlike.jsonl",
+        "train.learning_rate=2e-2",
         "train.lr_scheduler=constant",
         "train.evaluate_every=1",
         "train.checkpoint_every=3",
@@ -178,7 +179,7 @@ fn a_crash_after_any_event() {
     }
 }
 
-/// Stopped at any piece of work, resumed, and crashed soon after.
+/// Stopped at a piece of work, an evaluation's among them, resumed, and crashed soon after.
 #[test]
 fn a_stop_and_then_a_crash() {
     let fixture = shared();
@@ -187,9 +188,9 @@ fn a_stop_and_then_a_crash() {
     let mut gate = Counts::default();
     let outcome = fixture.run(&spec, whole.path(), false, &mut gate, &mut ignore);
     let Ok(Outcome::Finished { summary, .. }) = outcome else { panic!("{outcome:?}") };
-    assert!(summary.adapter_step < summary.steps, "it overfits: {summary:?}");
+    assert!(0 < summary.adapter_step && summary.adapter_step < summary.steps, "{summary:#?}");
     let whole = Bits::of(whole.path());
-    for stop in 0..gate.0 {
+    for stop in (0..gate.0).step_by(3) {
         let output = fixture.output();
         assert!(fixture.stop_after(stop, &spec, output.path(), false));
         crash(1 + stop as usize % 3, &spec, output.path());

@@ -92,6 +92,7 @@ impl Fixture {
         std::fs::write(model.join("chat_template.jinja"), TEMPLATE).unwrap();
         std::fs::write(model.join("model.safetensors"), weights_file(weights)).unwrap();
         std::fs::write(directory.path().join("train.jsonl"), conversations(rows)).unwrap();
+        std::fs::write(directory.path().join("unlike.jsonl"), unlike()).unwrap();
         std::fs::write(directory.path().join("spec.toml"), SPEC).unwrap();
         Self { directory }
     }
@@ -346,6 +347,21 @@ fn conversations(seed: u64) -> String {
         let row = json!({"messages": [
             {"role": "user", "content": format!("{polite}add {a} and {b}")},
             {"role": "assistant", "content": format!("{reason}{a} and {b} are {}.", a + b)},
+        ]});
+        writeln!(text, "{row}").unwrap();
+    }
+    text
+}
+
+/// Conversations that nothing in the others helps with: held-out loss over them soon rises.
+fn unlike() -> String {
+    let mut random = Philox::new(3, 2);
+    let mut text = String::new();
+    for i in 0..4 {
+        let answer: String = (0..40).map(|_| char::from(b'A' + (random.next_u32() % 26) as u8)).collect();
+        let row = json!({"messages": [
+            {"role": "user", "content": format!("say {i}")},
+            {"role": "assistant", "content": answer},
         ]});
         writeln!(text, "{row}").unwrap();
     }

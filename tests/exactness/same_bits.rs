@@ -74,6 +74,17 @@ fn without_a_quantised_base_too() {
     assert_ne!(first.adapter, expected().adapter);
 }
 
+/// Sums over tokens deeper than one block of the product.
+#[test]
+fn long_sequences() {
+    let long = "data.sequence_length=512";
+    let first = with_threads(1, || bits(shared(), &[long]));
+    for (threads, split) in [(5, SPLITS[0]), (2, SPLITS[3])] {
+        let found = with_threads(threads, || bits(shared(), &[long, split[0], split[1]]));
+        assert_eq!(found, first);
+    }
+}
+
 #[test]
 fn another_seed_is_another_result() {
     let other = bits(shared(), &["run.seed=8"]);
