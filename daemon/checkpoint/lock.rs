@@ -9,8 +9,15 @@ use std::path::{Path, PathBuf};
 /// The right to work on an output directory; given up when dropped.
 #[derive(Debug)]
 pub struct OutputLock {
-    /// Closing it releases the lock. The file stays: removing it would let two processes lock two files of one name.
-    _file: File,
+    /// The file stays: removing it would let two processes lock two files of one name.
+    file: File,
+}
+
+impl Drop for OutputLock {
+    fn drop(&mut self) {
+        // Closing alone would not do while a child that is just being started still shares the open file.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 /// Why the lock was not taken.
@@ -75,7 +82,7 @@ impl OutputLock {
             .set_len(0)
             .and_then(|()| file.rewind())
             .and_then(|()| writeln!(file, "{}", std::process::id()));
-        Ok(OutputLock { _file: file })
+        Ok(OutputLock { file })
     }
 }
 

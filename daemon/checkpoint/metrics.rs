@@ -36,8 +36,9 @@ impl MetricsLog {
     }
 
     /// Goes on with a file, up to and including the records of `step` (the steps that the checkpoint has completed).
-    /// Evaluate before committing a checkpoint: the evaluation of a later attempt would otherwise stand in it twice.
-    pub fn resume(path: &Path, step: u64) -> Result<MetricsLog, MetricsError> {
+    /// The evaluation after `step` stays only when the checkpoint knows it (`evaluated`): one that was stopped before
+    /// it, or in it, evaluates again.
+    pub fn resume(path: &Path, step: u64, evaluated: bool) -> Result<MetricsLog, MetricsError> {
         let content = match std::fs::read(path) {
             Ok(content) => content,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return MetricsLog::create(path),
@@ -47,8 +48,9 @@ impl MetricsLog {
             .split_inclusive(|byte| *byte == b'\n')
             .filter(|line| line.ends_with(b"\n"))
             .filter(|line| {
-                let record = serde_json::from_slice::<Value>(line).ok();
-                record.and_then(|record| record["step"].as_u64()).is_some_and(|of| of <= step)
+                let Ok(record) = serde_json::from_slice::<Value>(line) else { return false };
+                let unknown = |of| of == step && !evaluated && record.get("eval_loss").is_some();
+                record["step"].as_u64().is_some_and(|of| of <= step && !unknown(of))
             })
             .flatten()
             .copied()
@@ -108,12 +110,25 @@ mod tests {
             log.append(&json!({"step": step, "loss": 0.1})).unwrap();
         }
         drop(log);
-        let mut log = MetricsLog::resume(&path, 4).unwrap();
+        let mut log = MetricsLog::resume(&path, 4, false).unwrap();
         for step in 5..=9 {
             log.append(&json!({"step": step, "loss": 0.1})).unwrap();
         }
         log.sync().unwrap();
         assert_eq!(steps(&path), (0..=9).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn an_evaluation_that_will_be_done_again_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let lines =
+            "{\"step\":3,\"eval_loss\":2.0}\n{\"step\":4,\"loss\":1.0}\n{\"step\":4,\"eval_loss\":1.5}\n";
+        for (evaluated, expected) in [(true, &[3, 4, 4][..]), (false, &[3, 4])] {
+            std::fs::write(&path, lines).unwrap();
+            MetricsLog::resume(&path, 4, evaluated).unwrap();
+            assert_eq!(steps(&path), expected);
+        }
     }
 
     #[test]
@@ -128,7 +143,7 @@ mod tests {
             b"[]\n7\n\xff\n",
         ] {
             std::fs::write(&path, [b"{\"step\":1}\n{\"step\":2}\n", torn].concat()).unwrap();
-            MetricsLog::resume(&path, 3).unwrap().append(&json!({"step": 3})).unwrap();
+            MetricsLog::resume(&path, 3, true).unwrap().append(&json!({"step": 3})).unwrap();
             assert_eq!(steps(&path), [1, 2, 3], "{torn:?}");
         }
     }
@@ -137,7 +152,7 @@ mod tests {
     fn a_file_that_is_gone_starts_anew_and_a_record_needs_a_step() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut log = MetricsLog::resume(&path, 4).unwrap();
+        let mut log = MetricsLog::resume(&path, 4, true).unwrap();
         log.append(&json!({"step": 5})).unwrap();
         assert!(matches!(log.append(&json!({"loss": 1.0})), Err(MetricsError::NoStep(_))));
         assert_eq!(steps(&path), [5]);

@@ -5,7 +5,7 @@
 //!
 //! * what only people see: `run.name`;
 //! * what only changes when state is written or looked at: `checkpoint_every`, `keep_checkpoints`, and
-//!   `evaluate_every` while no early stopping hangs on it;
+//!   `evaluate_every` while nothing is held out (else it decides which steps' adapters stand for election as the best);
 //! * what changes how, not what is computed: `gradient_checkpointing`, and the split of a batch into
 //!   `micro_batch_size` × `gradient_accumulation_steps` (their product counts);
 //! * paths: the contents behind them are hashed into the identity of base, data and starting adapter, so a model
@@ -131,7 +131,7 @@ pub(super) fn to_toml(spec: &Spec) -> String {
 /// The keys that determine the bits of the result, as `(name, value)`, in a fixed order.
 pub(super) fn result_keys(spec: &Spec) -> Vec<(String, String)> {
     let nf4 = spec.model.quantization == Quantization::Nf4;
-    let early_stopping = spec.train.early_stopping_patience > 0;
+    let held_out = spec.data.eval.is_some() || spec.data.eval_fraction > 0.0;
     let mut result = Vec::new();
     for (section, key, value) in keys(spec) {
         let counts = match (section, key) {
@@ -140,7 +140,7 @@ pub(super) fn result_keys(spec: &Spec) -> Vec<(String, String)> {
             ("train", "checkpoint_every" | "keep_checkpoints" | "gradient_checkpointing" | "backend") => {
                 false
             }
-            ("train", "evaluate_every") => early_stopping,
+            ("train", "evaluate_every") => held_out,
             ("model", "double_quant") => nf4,
             _ => true,
         };

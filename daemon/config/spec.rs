@@ -776,7 +776,7 @@ frobnicate = true
         ("train.adam_epsilon", "0.1", "0.2", true),
         ("train.max_grad_norm", "0.1", "0.2", true),
         ("train.gradient_checkpointing", "none", "full", false),
-        ("train.evaluate_every", "1", "2", false),
+        ("train.evaluate_every", "1", "2", true),
         ("train.checkpoint_every", "1", "2", false),
         ("train.keep_checkpoints", "1", "2", false),
         ("train.early_stopping_patience", "1", "2", true),
@@ -827,8 +827,15 @@ frobnicate = true
         assert_eq!(split(8, 1), split(4, 2));
         assert_ne!(split(8, 1), split(4, 1));
 
-        let stop = "train.early_stopping_patience=1";
-        assert_ne!(hash(&[stop, "train.evaluate_every=1"]), hash(&[stop, "train.evaluate_every=2"]));
+        // Which adapter is the best depends on when it was looked for.
+        let evaluations = |of: &str| {
+            let hash = |every| hash(&[of, &format!("train.evaluate_every={every}")]);
+            (hash(1), hash(2))
+        };
+        let (one, two) = evaluations("data.eval=a");
+        assert_ne!(one, two);
+        let (one, two) = evaluations("data.eval_fraction=0");
+        assert_eq!(one, two);
 
         let none = "model.quantization=none";
         assert_eq!(hash(&[none, "model.double_quant=true"]), hash(&[none, "model.double_quant=false"]));

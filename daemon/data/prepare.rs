@@ -21,7 +21,7 @@ use super::example::{self, Example};
 use super::plan::draw;
 use super::record::{self, format_name};
 use super::report::{DataReport, FileReport, SplitReport};
-use super::rows::{StoreError, TokenRows, VERSION, Writer};
+use super::rows::{StoreError, TokenRows, VERSION, Writer, writer_name};
 use super::source::{MAX_ROW_BYTES, RawBody, RawRow, RowReader, SourceError, hash_file};
 use super::tokenizer::{ChatTokenizer, TokenizerError, hex};
 use crate::config::spec::{DataFormat, DataSpec, OnBadRow};
@@ -429,7 +429,7 @@ struct Aside {
 
 impl Aside {
     fn new(path: &Path) -> Self {
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        let temporary = path.with_extension(format!("{}.tmp", writer_name()));
         Self { path: path.into(), temporary, file: None }
     }
 

@@ -23,6 +23,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(target_endian = "big")]
 compile_error!("token stores are mapped as they lie on the disk: little-endian");
@@ -130,6 +131,12 @@ impl Mask<'_> {
     }
 }
 
+/// A name that no other writer of this process, or of another one, has.
+pub(super) fn writer_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 /// Writes a store row by row; nothing is left behind when it is dropped before [`Writer::finish`].
 pub(super) struct Writer {
     path: PathBuf,
@@ -148,7 +155,8 @@ impl Writer {
         let mut header = Header::zeroed();
         (header.magic, header.version, header.key) = (MAGIC, VERSION, key);
         // Two runs may prepare the same data at once: each writes its own file, and the contents are the same.
-        let beside = |suffix: &str| path.with_extension(format!("{suffix}-{}.tmp", std::process::id()));
+        let writer = writer_name();
+        let beside = |suffix: &str| path.with_extension(format!("{suffix}-{writer}.tmp"));
         let (rows_path, index_path) = (beside("rows"), beside("index"));
         let create = |path: &Path| {
             OpenOptions::new()

@@ -6,7 +6,7 @@
 //!                                     └─────────────────────────────────────────────────┘
 //!   gate says stop (asked before every micro-step and every held-out batch) ──► commit ──► Stopped
 //!   last step done, or no improvement for long enough ──► adapter, summary ──► Finished
-//!   loss or gradient not finite ──► Diverged (nothing is committed: the last checkpoint is good)
+//!   loss, gradient or adapter not finite ──► Diverged (nothing is committed: the last checkpoint is good)
 //! ```
 //!
 //! The result is a function of (base, data, spec, seed, backend): everything in [`TrainingState`] and the four sets of
@@ -31,6 +31,7 @@ use crate::model::memory::MemoryPlan;
 use crate::reason::Reason;
 use crate::units::Bytes;
 use serde::Serialize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Where a run reads and writes.
@@ -88,17 +89,17 @@ pub enum RunError {
     /// The adapter could not be written.
     #[error(transparent)]
     Adapter(#[from] PeftError),
-    /// Loss or gradient is not finite.
+    /// A loss, the gradient or the adapter is not finite.
     #[error(
         "{what} is {value} in step {step} (epoch {epoch}, rows {rows}): the run stops here; {last}. A lower \
          learning_rate or max_grad_norm, or removing those rows, may help"
     )]
     Diverged {
-        /// "the loss" or "the gradient norm".
+        /// "the loss", "the held-out loss", "the gradient norm" or "the adapter's norm".
         what: &'static str,
         /// NaN or infinity.
         value: f64,
-        /// The step that was being computed, from 1.
+        /// The step that was being computed, from 1; for a held-out loss the step after which it was, from 0.
         step: u64,
         /// Its epoch, from 0.
         epoch: u64,
@@ -183,7 +184,6 @@ pub fn run(
         return Err(RunError::Occupied { output: paths.output.clone() });
     }
     let backend = prepare::cpu_backend(spec)?;
-    checkpoint::atomic_write(&paths.output.join("spec.resolved.toml"), spec.to_toml().as_bytes())?;
     let quarantine = paths.output.join("quarantine.jsonl");
     let prepared = prepare::prepare(spec, &paths.cache, Some(&quarantine), observer)?;
     let plan = prepare::memory_plan(spec, &backend, &prepared);
@@ -283,19 +283,22 @@ impl<'a, B: Backend> Run<'a, B> {
                 if let Some(gradients) = gradients {
                     set(backend, &mut trainer.gradients, &gradients);
                 }
-                (found.state.clone(), MetricsLog::resume(&metrics_path, found.state.step)?, Some(path))
+                let state = found.state;
+                let evaluated = last_evaluation(&state) == Some(state.step);
+                let metrics = MetricsLog::resume(&metrics_path, state.step, evaluated)?;
+                (state, metrics, Some(path))
             }
             None => (fresh_state(identity), MetricsLog::create(&metrics_path)?, None),
         };
+        // Only now: an attempt that was refused leaves the spec of the run alone.
+        checkpoint::atomic_write(&paths.output.join("spec.resolved.toml"), spec.to_toml().as_bytes())?;
         observer.observe(Event::Started { step: state.step, total: steps.total, resumed });
         let eval = data.eval.filter(|rows| !rows.is_empty()).map(|rows| {
             let plan =
                 EpochPlan::new(&rows, spec.data.sequence_length, spec.data.packing, false, spec.run.seed, 0);
             (rows, plan)
         });
-        let evaluated = state.log_history.iter().rev().find_map(|entry| {
-            entry.get("eval_loss").and_then(|_| entry.get("step")).and_then(|step| step.as_u64())
-        });
+        let evaluated = last_evaluation(&state);
         let last_loss =
             state.log_history.iter().rev().find_map(|entry| entry.get("loss").and_then(|l| l.as_f64()));
         let committed = last_checkpoint.as_ref().map(|_| (state.step, state.micro_step));
@@ -399,6 +402,13 @@ impl<'a, B: Backend> Run<'a, B> {
                 (first..plan.len().min(first + n)).map(|i| (plan.sequence(rows, i), 0)).collect();
             let found = self.trainer.evaluate(&batch, loss_sum);
             loss_sum = found.loss_sum;
+            if !loss_sum.is_finite() {
+                let spec = &self.spec.data;
+                let files = spec.eval.as_ref().map_or(&spec.train[..], std::slice::from_ref);
+                let of = first..plan.len().min(first + n);
+                let rows = origins(plan, rows, files, of);
+                return Err(self.diverged("the held-out loss", loss_sum, self.state.step, rows));
+            }
             labelled += found.labelled;
         }
         let record = EvaluationRecord { step: self.state.step, eval_loss: loss_sum / labelled.max(1) as f64 };
@@ -407,7 +417,6 @@ impl<'a, B: Backend> Run<'a, B> {
             state.baseline_loss = Some(record.eval_loss);
         }
         state.last_eval_loss = Some(record.eval_loss);
-        // NaN is never an improvement.
         let improved = state.best_eval_loss.is_none_or(|best| record.eval_loss < best);
         if improved {
             state.best_eval_loss = Some(record.eval_loss);
@@ -460,7 +469,7 @@ impl<'a, B: Backend> Run<'a, B> {
             let found = self.trainer.micro_step(&batch, self.state.loss_sum);
             let seconds = (clock.monotonic() - started).as_secs_f64();
             if !found.loss_sum.is_finite() {
-                return Err(self.diverged("the loss", found.loss_sum, from..to));
+                return Err(self.diverged_in_step("the loss", found.loss_sum, from..to));
             }
             let state = &mut self.state;
             state.loss_sum = found.loss_sum;
@@ -482,9 +491,13 @@ impl<'a, B: Backend> Run<'a, B> {
         let labelled = self.state.labelled.max(1);
         let norm = self.trainer.gradient_norm(labelled);
         if !norm.is_finite() {
-            return Err(self.diverged("the gradient norm", norm, first..last));
+            return Err(self.diverged_in_step("the gradient norm", norm, first..last));
         }
         let update = self.trainer.update(&self.spec.train, &self.schedule, self.state.step, labelled, norm);
+        let norm = self.trainer.adapter_norm();
+        if !norm.is_finite() {
+            return Err(self.diverged_in_step("the adapter's norm", norm, first..last));
+        }
         let seconds = (clock.monotonic() - started).as_secs_f64();
         self.state.total_seconds += seconds;
         self.step_seconds += seconds;
@@ -519,27 +532,18 @@ impl<'a, B: Backend> Run<'a, B> {
         Ok(Ok(()))
     }
 
-    fn diverged(&self, what: &'static str, value: f64, sequences: std::ops::Range<usize>) -> RunError {
-        let mut rows: Vec<String> = sequences
-            .flat_map(|i| self.plan.rows(i))
-            .map(|&row| {
-                let (file, line) = self.train.origin(row as usize);
-                let file =
-                    self.spec.data.train.get(file).map(|p| p.display().to_string()).unwrap_or_default();
-                format!("{file}:{line}")
-            })
-            .collect();
-        let more = rows.len().saturating_sub(8);
-        rows.truncate(8);
-        if more > 0 {
-            rows.push(format!("and {more} more"));
-        }
+    fn diverged_in_step(&self, what: &'static str, value: f64, sequences: Range<usize>) -> RunError {
+        let rows = origins(&self.plan, &self.train, &self.spec.data.train, sequences);
+        self.diverged(what, value, self.state.step + 1, rows)
+    }
+
+    fn diverged(&self, what: &'static str, value: f64, step: u64, rows: String) -> RunError {
         RunError::Diverged {
             what,
             value,
-            step: self.state.step + 1,
+            step,
             epoch: self.state.epoch,
-            rows: rows.join(", "),
+            rows,
             last: match &self.last_checkpoint {
                 Some(path) => format!("the last good checkpoint is {}", path.display()),
                 None => "there is no checkpoint yet".into(),
@@ -671,6 +675,23 @@ fn set<B: Backend>(backend: &B, adapter: &mut Adapter<B>, values: &[Vec<f32>]) {
     }
 }
 
+/// The rows of some sequences as file:line, the first few of them.
+fn origins(plan: &EpochPlan, rows: &TokenRows, files: &[PathBuf], sequences: Range<usize>) -> String {
+    let mut origins: Vec<String> = sequences
+        .flat_map(|i| plan.rows(i))
+        .map(|&row| {
+            let (file, line) = rows.origin(row as usize);
+            format!("{}:{line}", files.get(file).map(|p| p.display().to_string()).unwrap_or_default())
+        })
+        .collect();
+    let more = origins.len().saturating_sub(8);
+    origins.truncate(8);
+    if more > 0 {
+        origins.push(format!("and {more} more"));
+    }
+    origins.join(", ")
+}
+
 fn epoch_plan(spec: &Spec, rows: &TokenRows, epoch: u64) -> EpochPlan {
     let data = &spec.data;
     EpochPlan::new(rows, data.sequence_length, data.packing, data.shuffle, spec.run.seed, epoch)
@@ -684,6 +705,12 @@ fn dropout_key(seed: u64, epoch: u64, index: usize) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// Step of the latest evaluation that a state knows.
+fn last_evaluation(state: &TrainingState) -> Option<u64> {
+    let of = |entry: &serde_json::Value| entry.get("eval_loss").and(entry.get("step")?.as_u64());
+    state.log_history.iter().rev().find_map(of)
 }
 
 fn fresh_state(identity: Identity) -> TrainingState {

@@ -107,6 +107,12 @@ impl<B: Backend> Trainer<B> {
         self.decoder.backend.square_sum(&tensors).sqrt() / labelled as f64
     }
 
+    /// The norm of the adapter: finite exactly when every weight is (a square of an f32 fits in an f64).
+    pub fn adapter_norm(&self) -> f64 {
+        let tensors: Vec<_> = self.adapter.tensors.iter().collect();
+        self.decoder.backend.square_sum(&tensors).sqrt()
+    }
+
     /// Applies the step's gradient and clears it. `step` counts completed updates; the norm must be finite.
     pub fn update(
         &mut self,
