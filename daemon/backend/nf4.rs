@@ -371,6 +371,28 @@ impl Nf4Matrix {
     /// When the matrix ends before `out` does.
     pub fn dequantize_from(&self, mut at: usize, mut out: &mut [f32]) {
         let codes = self.codes.as_bytes();
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f") && at.is_multiple_of(16) && self.block.is_multiple_of(16) {
+            // Whole groups of 16, several blocks a call: what a call costs is spread over a row.
+            let mut scales = [0.0; 32];
+            while out.len() >= 16 {
+                let skip = at % self.block;
+                let len = (out.len() / 16 * 16).min(scales.len() * self.block - skip);
+                let blocks = (skip + len).div_ceil(self.block);
+                for (i, scale) in scales[..blocks].iter_mut().enumerate() {
+                    *scale = self.absmax_at(at / self.block + i);
+                }
+                let (part, rest) = out.split_at_mut(len);
+                let (bytes, _) = codes[at / 2..(at + len) / 2].as_chunks::<8>();
+                let (lines, _) = part.as_chunks_mut::<16>();
+                // SAFETY: the processor has what the function was compiled for.
+                unsafe {
+                    x86::expand_blocks_avx512(bytes, &scales[..blocks], self.block / 16, skip / 16, lines)
+                };
+                at += len;
+                out = rest;
+            }
+        }
         while !out.is_empty() {
             let block = at / self.block;
             let (part, rest) = out.split_at_mut(((block + 1) * self.block - at).min(out.len()));
@@ -482,6 +504,32 @@ mod x86 {
                 let index = _mm512_cvtepu8_epi32(nibbles(bytes));
                 _mm512_storeu_ps(out.as_mut_ptr(), _mm512_permutexvar_ps(index, table));
             }
+        }
+    }
+
+    /// Groups of sixteen from several blocks of `per_block` groups each, of which the first `skip` are left out.
+    #[target_feature(enable = "avx512f")]
+    pub fn expand_blocks_avx512(
+        bytes: &[[u8; 8]],
+        scales: &[f32],
+        per_block: usize,
+        skip: usize,
+        out: &mut [[f32; 16]],
+    ) {
+        // SAFETY: as above.
+        let codes = unsafe { _mm512_loadu_ps(super::NF4_CODES.as_ptr()) };
+        let (mut bytes, mut out, mut left) = (bytes, out, per_block - skip);
+        for &scale in scales {
+            let table = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+            let count = left.min(out.len());
+            let (now, later) = bytes.split_at(count);
+            let (lines, rest) = out.split_at_mut(count);
+            for (bytes, line) in now.iter().zip(lines) {
+                let index = _mm512_cvtepu8_epi32(nibbles(bytes));
+                // SAFETY: as above.
+                unsafe { _mm512_storeu_ps(line.as_mut_ptr(), _mm512_permutexvar_ps(index, table)) };
+            }
+            (bytes, out, left) = (later, rest, per_block);
         }
     }
 

@@ -21,6 +21,20 @@ use std::ops::Range;
 /// are 32 KiB, two thirds of a 48 KiB first-level cache. Changing it changes the bits of every result.
 pub const DEPTH: usize = 256;
 
+/// A last block of up to this many is joined to the one before it: for so few products a pass over C is not worth it.
+/// An inner size plus a LoRA rank takes no more passes than the inner size alone.
+const JOINED: usize = 32;
+
+/// Depth of the deepest block.
+const MAX_DEPTH: usize = DEPTH + JOINED;
+
+/// The blocks in which a sum over `k` products is taken, as `(start, depth)`: a function of `k` alone.
+fn blocks(k: usize) -> impl Iterator<Item = (usize, usize)> {
+    let joined = k > DEPTH && (1..=JOINED).contains(&(k % DEPTH));
+    let count = k.div_ceil(DEPTH) - usize::from(joined);
+    (0..count).map(move |i| (i * DEPTH, if i + 1 == count { k - i * DEPTH } else { DEPTH }))
+}
+
 /// Multiply-adds below which a product is done by the thread that asks for it: 2²⁰ take about 15 µs, and waking another
 /// thread takes several.
 const WORTH_SHARING: usize = 1 << 20;
@@ -327,12 +341,16 @@ pub fn gemm<T: Real>(
     } else {
         // A gradient through the vocabulary sums over 100,000 rows: pack A piece by piece. Whole blocks of DEPTH, so
         // the order of the sum stays what it is.
-        for start in (0..k).step_by(MAX_PACKED_DEPTH) {
-            let depth = (k - start).min(MAX_PACKED_DEPTH);
+        let mut start = 0;
+        while start < k {
+            // A rest that `blocks` would join stays with what it is joined to.
+            let rest = k - start;
+            let depth = if rest <= MAX_PACKED_DEPTH + JOINED { rest } else { MAX_PACKED_DEPTH };
             let left = Left::pack(m, depth, &Deeper { inner: a, start });
             // SAFETY: one view at a time.
             let c = unsafe { c.from(0) };
             left.multiply(n, &Deeper { inner: b, start }, c, accumulate || start > 0);
+            start += depth;
         }
     }
 }
@@ -351,9 +369,9 @@ fn gemm_on_one_thread<T: Real>(
     let (m_tiles, n_tiles) = (m.div_ceil(mr), n.div_ceil(nr));
     let max_panel = (MAX_PANEL_COLS / nr).max(1);
     // A is packed a depth block at a time; the panel of B inside it.
-    with_panels::<T, _>(m_tiles * mr * DEPTH.min(k), max_panel.min(n_tiles) * nr * DEPTH.min(k), |pa, pb| {
-        for start in (0..k).step_by(DEPTH) {
-            let depth = (k - start).min(DEPTH);
+    let depth = MAX_DEPTH.min(k);
+    with_panels::<T, _>(m_tiles * mr * depth, max_panel.min(n_tiles) * nr * depth, |pa, pb| {
+        for (start, depth) in blocks(k) {
             for t in 0..m_tiles {
                 let lines = (m - t * mr).min(mr);
                 a.pack(t * mr, lines, mr, start, depth, &mut pa[t * mr * depth..(t + 1) * mr * depth]);
@@ -379,66 +397,86 @@ fn gemm_on_one_thread<T: Real>(
 }
 
 /// A left operand, packed once for several products: X for q, k and v and their adapters.
+///
+/// It may have a tail, filled in later: `[X | U]` meets `[W | B]ᵀ` in one product, and a LoRA's up projection is a few
+/// more terms of the sums that are being taken anyway.
 pub struct Left<T: Real> {
     m: usize,
     k: usize,
-    /// `[tile][k][MR]`
+    tail: usize,
+    /// `[tile][k + tail][MR]`
     packed: Shared<T>,
 }
 
 impl<T: Real> Left<T> {
     /// Packs A, `[m, k]`, with all threads.
     pub fn pack(m: usize, k: usize, a: &dyn Operand<T>) -> Self {
-        let mr = T::TILE.rows;
-        let mut packed = Shared::new(m.div_ceil(mr) * mr * k);
-        if k > 0 {
-            packed.par_chunks_mut(mr * k).enumerate().for_each(|(t, out)| {
-                let lines = (m - t * mr).min(mr);
-                for start in (0..k).step_by(DEPTH) {
-                    let depth = (k - start).min(DEPTH);
-                    a.pack(t * mr, lines, mr, start, depth, &mut out[start * mr..(start + depth) * mr]);
-                }
-            });
-        }
-        Self { m, k, packed }
+        Self::with_tail(m, k, 0, a)
     }
 
-    /// Some columns of C: packs its part of B a depth block at a time.
-    fn columns(
-        &self,
-        n: usize,
-        b: &dyn Operand<T>,
-        tiles: Range<usize>,
-        pb: &mut [T],
-        c: &Output<'_, T>,
-        accumulate: bool,
-    ) {
-        let (m, k, mr) = (self.m, self.k, T::TILE.rows);
-        for start in (0..k).step_by(DEPTH) {
-            let depth = (k - start).min(DEPTH);
-            pack_b(b, n, tiles.clone(), start, depth, pb);
-            let (pa, add) = (&self.packed[start * mr..], accumulate || start > 0);
-            multiply_tiles(m, n, 0..m.div_ceil(mr), tiles.clone(), depth, pa, mr * k, pb, c, add);
-        }
+    /// Packs A, `[m, k]`, and leaves room for a tail of `tail` columns.
+    pub fn with_tail(m: usize, k: usize, tail: usize, a: &dyn Operand<T>) -> Self {
+        let packed = Shared::new(m.div_ceil(T::TILE.rows) * T::TILE.rows * (k + tail));
+        let mut left = Self { m, k, tail, packed };
+        left.fill(0, k, a);
+        left
     }
 
-    /// `c = a·b` or `c += a·b`, with all threads.
+    /// Fills in the tail, `[m, tail]`.
+    pub fn set_tail(&mut self, a: &dyn Operand<T>) {
+        self.fill(self.k, self.tail, a);
+    }
+
+    fn fill(&mut self, start: usize, depth: usize, a: &dyn Operand<T>) {
+        let (m, mr) = (self.m, T::TILE.rows);
+        if depth == 0 {
+            return;
+        }
+        self.packed.par_chunks_mut(mr * (self.k + self.tail)).enumerate().for_each(|(t, out)| {
+            let lines = (m - t * mr).min(mr);
+            for (d, depth) in blocks(depth) {
+                a.pack(t * mr, lines, mr, d, depth, &mut out[(start + d) * mr..(start + d + depth) * mr]);
+            }
+        });
+    }
+
+    /// `c = a·b` or `c += a·b` without the tail, with all threads; b is `[k, n]`.
     ///
     /// # Panics
     /// When `c` is too small for `m × n` with its stride.
     pub fn multiply(&self, n: usize, b: &dyn Operand<T>, c: Output<'_, T>, accumulate: bool) {
-        let (m, k) = (self.m, self.k);
+        self.multiply_depth(self.k, n, b, c, accumulate);
+    }
+
+    /// `c = [a | tail]·[b; b_tail]` or `+=`, with all threads; b is `[k, n]`, b_tail `[tail, n]`.
+    ///
+    /// # Panics
+    /// When `c` is too small for `m × n` with its stride.
+    pub fn multiply_with_tail(
+        &self,
+        n: usize,
+        b: &dyn Operand<T>,
+        b_tail: &dyn Operand<T>,
+        c: Output<'_, T>,
+        accumulate: bool,
+    ) {
+        let b = Joined { first: b, split: self.k, second: b_tail };
+        self.multiply_depth(self.k + self.tail, n, &b, c, accumulate);
+    }
+
+    fn multiply_depth(&self, k: usize, n: usize, b: &dyn Operand<T>, c: Output<'_, T>, accumulate: bool) {
+        let m = self.m;
         c.check(m, n);
         let Tile { rows: mr, cols: nr } = T::TILE;
         let threads = if m * n * k < WORTH_SHARING { 1 } else { rayon::current_num_threads() };
         let (m_tiles, n_tiles) = (m.div_ceil(mr), n.div_ceil(nr));
-        let pa = &self.packed[..];
+        let panel = |tiles: usize| tiles * nr * MAX_DEPTH.min(k);
         if threads == 1 {
-            let width = (MAX_PANEL_COLS / nr).max(1);
-            with_panels::<T, _>(0, width.min(n_tiles) * nr * DEPTH.min(k), |_, pb| {
+            let width = (MAX_PANEL_COLS / nr).clamp(1, n_tiles.max(1));
+            with_panels::<T, _>(0, panel(width), |_, pb| {
                 for first in (0..n_tiles).step_by(width) {
                     let tiles = first..(first + width).min(n_tiles);
-                    self.columns(n, b, tiles, pb, &c, accumulate);
+                    self.columns(k, n, b, tiles, pb, &c, accumulate);
                 }
             });
         } else if n_tiles >= 2 * threads {
@@ -447,28 +485,84 @@ impl<T: Real> Left<T> {
             let width = n_tiles.div_ceil(4 * threads).clamp(1, (MAX_PANEL_COLS / nr).max(1));
             (0..n_tiles.div_ceil(width)).into_par_iter().with_max_len(1).for_each(|task| {
                 let tiles = task * width..((task + 1) * width).min(n_tiles);
-                with_panels::<T, _>(0, tiles.len() * nr * DEPTH.min(k), |_, pb| {
-                    self.columns(n, b, tiles, pb, &c, accumulate);
+                with_panels::<T, _>(0, panel(tiles.len()), |_, pb| {
+                    self.columns(k, n, b, tiles, pb, &c, accumulate);
                 });
             });
         } else {
             // Narrow (a LoRA product): all of B is packed once; each task owns some rows of C.
             let mut packed = Shared::new(n_tiles * nr * k);
-            for start in (0..k).step_by(DEPTH) {
-                let depth = (k - start).min(DEPTH);
+            for (start, depth) in blocks(k) {
                 pack_b(b, n, 0..n_tiles, start, depth, &mut packed[start * n_tiles * nr..]);
             }
-            let pb = &packed[..];
+            let (pa, pb) = (&self.packed[..], &packed[..]);
+            let stride = mr * (self.k + self.tail);
             let height = m_tiles.div_ceil(4 * threads).max(1);
             (0..m_tiles.div_ceil(height)).into_par_iter().for_each(|task| {
                 let rows = task * height..((task + 1) * height).min(m_tiles);
-                for start in (0..k).step_by(DEPTH) {
-                    let depth = (k - start).min(DEPTH);
+                for (start, depth) in blocks(k) {
                     let (pa, pb) = (&pa[start * mr..], &pb[start * n_tiles * nr..]);
                     let add = accumulate || start > 0;
-                    multiply_tiles(m, n, rows.clone(), 0..n_tiles, depth, pa, mr * k, pb, &c, add);
+                    multiply_tiles(m, n, rows.clone(), 0..n_tiles, depth, pa, stride, pb, &c, add);
                 }
             });
+        }
+    }
+
+    /// Some columns of C: packs its part of B a depth block at a time.
+    fn columns(
+        &self,
+        k: usize,
+        n: usize,
+        b: &dyn Operand<T>,
+        tiles: Range<usize>,
+        pb: &mut [T],
+        c: &Output<'_, T>,
+        accumulate: bool,
+    ) {
+        let (m, mr) = (self.m, T::TILE.rows);
+        let stride = mr * (self.k + self.tail);
+        for (start, depth) in blocks(k) {
+            pack_b(b, n, tiles.clone(), start, depth, pb);
+            let (pa, add) = (&self.packed[start * mr..], accumulate || start > 0);
+            multiply_tiles(m, n, 0..m.div_ceil(mr), tiles.clone(), depth, pa, stride, pb, c, add);
+        }
+    }
+}
+
+/// Two operands one below the other: the second continues the summed dimension at `split`.
+struct Joined<'a, T> {
+    first: &'a dyn Operand<T>,
+    split: usize,
+    second: &'a dyn Operand<T>,
+}
+
+impl<T: Real> Operand<T> for Joined<'_, T> {
+    fn pack(&self, first: usize, lines: usize, width: usize, start: usize, depth: usize, out: &mut [T]) {
+        let above = self.split.saturating_sub(start).min(depth);
+        if above > 0 {
+            self.first.pack(first, lines, width, start, above, out);
+        }
+        if above < depth {
+            let start = start + above - self.split;
+            self.second.pack(first, lines, width, start, depth - above, &mut out[above * width..]);
+        }
+    }
+
+    fn pack_tiles(
+        &self,
+        first: usize,
+        lines: usize,
+        width: usize,
+        start: usize,
+        depth: usize,
+        out: &mut [T],
+    ) {
+        if start + depth <= self.split {
+            return self.first.pack_tiles(first, lines, width, start, depth, out);
+        }
+        for (t, out) in out.chunks_exact_mut(width * depth).take(lines.div_ceil(width)).enumerate() {
+            self.pack(first + t * width, (lines - t * width).min(width), width, start, depth, out);
         }
     }
 }
@@ -804,7 +898,7 @@ impl<T: Real> std::ops::DerefMut for Shared<T> {
 /// Elements of the private panels that one thread keeps: A for a strip of attention over `longest` keys, B for the
 /// widest task, and B's rows before they are transposed.
 pub fn panel_elements(longest: usize) -> usize {
-    longest.div_ceil(12) * 12 * DEPTH.min(longest) + MAX_PANEL_COLS * DEPTH + 32 * DEPTH
+    longest.div_ceil(12) * 12 * MAX_DEPTH.min(longest) + MAX_PANEL_COLS * MAX_DEPTH + 32 * MAX_DEPTH
 }
 
 #[cfg(test)]
@@ -866,6 +960,53 @@ mod tests {
         ] {
             check::<f32>(m, n, k, 2e-6);
             check::<f64>(m, n, k, 1e-14);
+        }
+    }
+
+    #[test]
+    fn blocks_cover_the_sum_and_join_a_short_rest() {
+        let of = |k| blocks(k).collect::<Vec<_>>();
+        assert_eq!(of(0), []);
+        assert_eq!(of(5), [(0, 5)]);
+        assert_eq!(of(256), [(0, 256)]);
+        assert_eq!(of(288), [(0, 288)]);
+        assert_eq!(of(289), [(0, 256), (256, 33)]);
+        assert_eq!(
+            of(1536 + 16),
+            [0, 256, 512, 768, 1024, 1280].map(|s| (s, if s == 1280 { 272 } else { 256 }))
+        );
+    }
+
+    #[test]
+    fn a_tail_is_a_second_product() {
+        let (m, n, k, r) = (30, 70, 300, 5);
+        let (x, w) = (numbers::<f64>(m * k, 1), numbers::<f64>(n * k, 2));
+        let (u, b) = (numbers::<f64>(m * r, 3), numbers::<f64>(n * r, 4));
+        let mut left = Left::with_tail(m, k, r, &row_major(&x, k));
+        left.set_tail(&row_major(&u, r));
+        let (mut one, mut two) = (vec![0.0; m * n], vec![0.0; m * n]);
+        left.multiply_with_tail(n, &row_major(&w, k), &row_major(&b, r), Output::new(&mut one, n), false);
+        left.multiply(n, &row_major(&w, k), Output::new(&mut two, n), false);
+        gemm(Parallel::No, m, n, r, &row_major(&u, r), &row_major(&b, r), Output::new(&mut two, n), true);
+        for (a, b) in one.iter().zip(&two) {
+            assert!((a - b).abs() < 1e-12);
+        }
+    }
+
+    /// The vocabulary's product is packed piece by piece; a single thread does it in one go.
+    #[test]
+    fn a_very_deep_sum_has_one_order() {
+        for k in [MAX_PACKED_DEPTH + 7, MAX_PACKED_DEPTH + 40, 2 * MAX_PACKED_DEPTH + 30] {
+            let (m, n) = (14, 40);
+            let (a, b) = (numbers::<f32>(m * k, 4), numbers::<f32>(n * k, 5));
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut c = vec![0.0; m * n];
+                let (a, b) = (row_major(&a, k), row_major(&b, k));
+                pool.install(|| gemm(Parallel::Pool, m, n, k, &a, &b, Output::new(&mut c, n), false));
+                c
+            };
+            assert!(run(1) == run(3), "{k}");
         }
     }
 

@@ -8,20 +8,24 @@ use crate::backend::philox::philox4x32;
 use crate::backend::{Batch, Dropout, Projection, ProjectionBackward};
 use rayon::prelude::*;
 
-/// A dense operand rounded to bfloat16 as it is packed: the working copy of an fp32 master weight.
-struct Rounded<O>(O);
+/// A master weight as an operand: rounded to bfloat16 as it is packed when computing in bfloat16 (the working copy).
+struct Master<'a, T> {
+    values: Strided<'a, T>,
+    round: bool,
+}
 
-impl<T: Real, O: Operand<T>> Operand<T> for Rounded<O> {
+impl<T: Real> Operand<T> for Master<'_, T> {
     fn pack(&self, first: usize, lines: usize, width: usize, start: usize, depth: usize, out: &mut [T]) {
-        self.0.pack(first, lines, width, start, depth, out);
-        out[..width * depth].iter_mut().for_each(|x| *x = x.round_bf16());
+        self.values.pack(first, lines, width, start, depth, out);
+        if self.round {
+            round_slice(&mut out[..width * depth]);
+        }
     }
 }
 
-/// `c (+)= a·b` with b a master weight, rounded first when computing in bfloat16.
-fn multiply<T: Real>(round: bool, a: &Left<T>, n: usize, b: Strided<'_, T>, c: &mut [T], accumulate: bool) {
-    let c = Output::new(c, n);
-    if round { a.multiply(n, &Rounded(b), c, accumulate) } else { a.multiply(n, &b, c, accumulate) }
+/// `c = a·b` with b a master weight, `[m, n]`.
+fn multiply<T: Real>(round: bool, a: &Left<T>, n: usize, b: Strided<'_, T>, c: &mut [T]) {
+    a.multiply(n, &Master { values: b, round }, Output::new(c, n), false);
 }
 
 fn row_major<T>(data: &[T], cols: usize) -> Strided<'_, T> {
@@ -64,20 +68,23 @@ impl<T: Real> Cpu<T> {
     ) {
         let m = batch.len();
         let x = &x[..m * inputs];
-        let left = Left::pack(m, inputs, &row_major(x, inputs));
+        let rank =
+            projections.iter().filter_map(|p| p.lora.as_ref()).map(|lora| lora.rank).max().unwrap_or(0);
+        let mut left = Left::with_tail(m, inputs, rank, &row_major(x, inputs));
         for p in projections {
             let outputs = p.weight.shape().0;
             debug_assert_eq!(p.weight.shape().1, inputs);
             if let (Some(lora), Some(down)) = (&p.lora, p.down.as_deref_mut()) {
                 let r = lora.rank;
+                debug_assert_eq!(r, rank, "the layers of a group have one rank");
                 let down = &mut down[..m * r];
                 let a = row_major(&lora.a[..r * inputs], inputs);
                 match lora.dropout {
-                    None => multiply(self.bf16, &left, r, a, down, false),
+                    None => multiply(self.bf16, &left, r, a, down),
                     Some(dropout) => {
                         let dropped = self.dropped(batch, inputs, dropout, x);
                         let left = Left::pack(m, inputs, &row_major(&dropped, inputs));
-                        multiply(self.bf16, &left, r, a, down, false);
+                        multiply(self.bf16, &left, r, a, down);
                     }
                 }
                 scale_slice(T::from_f64(lora.scale), down);
@@ -87,11 +94,14 @@ impl<T: Real> Cpu<T> {
             }
             let Some(output) = p.output.as_deref_mut() else { continue };
             let output = &mut output[..m * outputs];
-            left.multiply(outputs, &p.weight.by_rows(), Output::new(output, outputs), false);
-            if let (Some(lora), Some(down)) = (&p.lora, p.down.as_deref()) {
-                let r = lora.rank;
-                let down = Left::pack(m, r, &row_major(&down[..m * r], r));
-                multiply(self.bf16, &down, outputs, row_major(&lora.b[..outputs * r], r), output, true);
+            let to = Output::new(output, outputs);
+            match (&p.lora, p.down.as_deref()) {
+                (Some(lora), Some(down)) => {
+                    left.set_tail(&row_major(&down[..m * rank], rank));
+                    let b = row_major(&lora.b[..outputs * rank], rank);
+                    left.multiply_with_tail(outputs, &p.weight.by_rows(), &self.master(b), to, false);
+                }
+                _ => left.multiply(outputs, &p.weight.by_rows(), to, false),
             }
             if let Some(bias) = p.bias {
                 output.par_chunks_mut(outputs).for_each(|row| add_slice(bias, row));
@@ -116,26 +126,34 @@ impl<T: Real> Cpu<T> {
         for p in projections {
             let outputs = p.weight.shape().0;
             let dy = &p.output_gradient[..m * outputs];
-            let left = Left::pack(m, outputs, &row_major(dy, outputs));
+            let rank = p.lora.as_ref().map_or(0, |lora| lora.rank);
+            let mut left = Left::with_tail(m, outputs, rank, &row_major(dy, outputs));
+            let mut g = self.scratch(m * rank);
+            if let Some(lora) = &p.lora {
+                // G = scale·dY·B, [M, r]
+                multiply(self.bf16, &left, rank, column_major(&lora.b[..outputs * rank], rank), &mut g);
+                scale_slice(T::from_f64(lora.scale), &mut g);
+                if self.bf16 {
+                    round_slice(&mut g);
+                }
+            }
             if let Some(dx) = dx.as_deref_mut() {
-                left.multiply(
-                    inputs,
-                    &p.weight.by_columns(),
-                    Output::new(&mut dx[..m * inputs], inputs),
-                    started,
-                );
+                let to = Output::new(&mut dx[..m * inputs], inputs);
+                let weight = p.weight.by_columns();
+                match &p.lora {
+                    // dX = [dY | G]·[W; A]
+                    Some(lora) if lora.dropout.is_none() => {
+                        left.set_tail(&row_major(&g, rank));
+                        let a = self.master(column_major(&lora.a[..rank * inputs], inputs));
+                        left.multiply_with_tail(inputs, &weight, &a, to, started);
+                    }
+                    _ => left.multiply(inputs, &weight, to, started),
+                }
                 started = true;
             }
-            let Some(lora) = &p.lora else { continue };
-            let r = lora.rank;
-            // G = scale·dY·B, [M, r]
-            let mut g = self.scratch(m * r);
-            multiply(self.bf16, &left, r, column_major(&lora.b[..outputs * r], r), &mut g, false);
             drop(left);
-            scale_slice(T::from_f64(lora.scale), &mut g);
-            if self.bf16 {
-                round_slice(&mut g);
-            }
+            let Some(lora) = &p.lora else { continue };
+            let r = rank;
             let mut dropped = lora.dropout.map(|dropout| self.dropped(batch, inputs, dropout, x));
             let input = dropped.as_deref().unwrap_or(x);
             // Sequence by sequence, so that the sum over tokens does not know how the batch was cut.
@@ -162,18 +180,14 @@ impl<T: Real> Cpu<T> {
                     );
                 }
             }
-            if let Some(dx) = dx.as_deref_mut() {
-                let dx = &mut dx[..m * inputs];
+            // With dropout G·A goes back through the mask before it is added.
+            if let (Some(dx), Some(dropout), Some(through)) =
+                (dx.as_deref_mut(), lora.dropout, dropped.as_deref_mut())
+            {
                 let g = Left::pack(m, r, &row_major(&g, r));
-                let a = column_major(&lora.a[..r * inputs], inputs);
-                match (lora.dropout, dropped.as_deref_mut()) {
-                    (Some(dropout), Some(through)) => {
-                        multiply(self.bf16, &g, inputs, a, through, false);
-                        apply_dropout(batch, inputs, dropout, through);
-                        super::elementwise::add(through, false, dx);
-                    }
-                    _ => multiply(self.bf16, &g, inputs, a, dx, true),
-                }
+                multiply(self.bf16, &g, inputs, column_major(&lora.a[..r * inputs], inputs), through);
+                apply_dropout(batch, inputs, dropout, through);
+                super::elementwise::add(through, false, &mut dx[..m * inputs]);
             }
         }
         if self.bf16
@@ -181,6 +195,11 @@ impl<T: Real> Cpu<T> {
         {
             round_bf16(&mut dx[..m * inputs]);
         }
+    }
+
+    /// A master weight as an operand.
+    fn master<'a>(&self, values: Strided<'a, T>) -> Master<'a, T> {
+        Master { values, round: self.bf16 }
     }
 
     /// A copy of x after dropout.
