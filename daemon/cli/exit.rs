@@ -140,7 +140,7 @@ impl From<RunError> for Failure {
         match error {
             RunError::Prepare(error) => error.into(),
             RunError::Diverged { .. } => Failure::new(error).exit(Exit::RunFailed),
-            RunError::Changed { .. } | RunError::Misfit { .. } => Failure::new(error)
+            RunError::Misfit { .. } => Failure::new(error)
                 .help("bring back what the checkpoint was made from, or start anew with another --output"),
             other => Failure::new(other),
         }

@@ -66,7 +66,7 @@ fn flipped_bits_anywhere_in_the_weights() {
 fn changed_weights_are_another_base() {
     let bench = begun();
     bench.change("model/model.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1);
-    refused(&bench, 1, &["cannot resume", "base", "help: "]);
+    refused(&bench, 1, &["cannot resume", "the base model changed", "another --output"]);
 }
 
 #[test]
