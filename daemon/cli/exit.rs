@@ -10,8 +10,9 @@
 //!
 //! Library errors often quote their cause in their own text; such a cause is not printed twice.
 
-use super::console;
+use super::{arguments, console};
 use crate::config::spec::SpecError;
+use crate::data::DataError;
 use crate::train::prepare::PrepareError;
 use crate::train::run::RunError;
 use std::process::ExitCode;
@@ -22,10 +23,10 @@ Exit codes:
   0    done
   1    error: a file, the disk, the model
   2    usage, or a mistake in the spec
-  3    the run failed: its loss or gradient was not finite
+  3    the run failed: its loss, gradient or adapter was not finite
   8    nothing to do: the run had finished before
   9    limits: the plan does not fit in memory
-  130  interrupted: the state is in a checkpoint, --resume continues";
+  130  interrupted: --resume continues from the checkpoint";
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub enum Exit {
     Error = 1,
     /// Usage, or a mistake in the spec.
     Usage = 2,
-    /// Loss or gradient was not finite.
+    /// Loss, gradient or adapter was not finite.
     RunFailed = 3,
     /// The run had finished before.
     NothingToDo = 8,
@@ -120,7 +121,17 @@ impl From<SpecError> for Failure {
 impl From<PrepareError> for Failure {
     fn from(error: PrepareError) -> Failure {
         let exit = if matches!(error, PrepareError::Unfit { .. }) { Exit::Usage } else { Exit::Error };
-        Failure::new(error).exit(exit)
+        let in_cache = match (&error, arguments::cache_dir()) {
+            (PrepareError::Data(DataError::Write { path, .. }), Ok(cache)) => path.starts_with(cache),
+            (PrepareError::Data(DataError::Store(_)), _) => true,
+            _ => false,
+        };
+        let failure = Failure::new(error).exit(exit);
+        if in_cache {
+            failure.help("set FINETUNED_CACHE_DIR to a directory with room that can be written")
+        } else {
+            failure
+        }
     }
 }
 
@@ -129,7 +140,7 @@ impl From<RunError> for Failure {
         match error {
             RunError::Prepare(error) => error.into(),
             RunError::Diverged { .. } => Failure::new(error).exit(Exit::RunFailed),
-            RunError::Changed { .. } | RunError::Misfit { .. } => Failure::new(error)
+            RunError::Misfit { .. } => Failure::new(error)
                 .help("bring back what the checkpoint was made from, or start anew with another --output"),
             other => Failure::new(other),
         }

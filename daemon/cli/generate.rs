@@ -35,10 +35,10 @@ pub struct GenerateArguments {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
     /// 0 takes the most likely token; 1 draws from the model's own distribution
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature, allow_hyphen_values = true)]
     temperature: f64,
     /// Draw from the most likely tokens that have this much of the probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = top_p)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = top_p, allow_hyphen_values = true)]
     top_p: f64,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value_t = 0)]

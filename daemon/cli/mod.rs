@@ -10,6 +10,7 @@
 mod arguments;
 mod console;
 mod data;
+mod demo;
 mod exit;
 mod generate;
 mod interrupt;
@@ -58,6 +59,11 @@ Examples:
   finetuned generate --model SmolLM2-135M-Instruct --adapter runs/night/adapter --prompt '…'
   finetuned generate --model stories --raw --prompt 'Once upon a time' --temperature 0.8 --top-p 0.9 --seed 7")]
     Generate(generate::GenerateArguments),
+    /// Teach the model that ships with this program a new task, in about a minute
+    #[command(after_help = "\
+Example:
+  finetuned demo && finetuned run finetuned-demo/demo.toml --set lora.r=4 --output finetuned-demo/runs/r4")]
+    Demo(demo::DemoArguments),
     /// Look at the data of a spec
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -84,6 +90,7 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Run(arguments) => run::command(arguments),
         Command::Plan(arguments) => plan::command(arguments),
         Command::Generate(arguments) => generate::command(arguments),
+        Command::Demo(arguments) => demo::command(arguments),
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
     }

@@ -174,7 +174,7 @@ impl Foreground {
 
 impl Finished {
     /// The figures for people.
-    fn report(&self) -> String {
+    pub fn report(&self) -> String {
         let s = &self.summary;
         let mut text = String::new();
         let early = if s.stopped_early { ", stopped early: no improvement any more" } else { "" };
@@ -197,7 +197,7 @@ impl Finished {
     }
 
     /// Held-out loss before and after, in words.
-    pub fn held_out(&self) -> String {
+    fn held_out(&self) -> String {
         let s = &self.summary;
         match (s.baseline_eval_loss, s.best_eval_loss, s.best_step) {
             (Some(before), Some(best), Some(0)) => format!(
