@@ -1,69 +1,90 @@
-//! The command line of `finetuned`.
+//! The command line of `finetuned`. One module per command; `docs/cli.md` is the user's side of it.
+//!
+//! ```text
+//!   arguments   what several commands share: the spec, threads, directories
+//!   run, plan, generate, demo, data, spec      the commands
+//!   progress    the bar or the lines of a run        interrupt   Ctrl-C
+//!   console     who writes where                     exit        exit codes and error messages
+//! ```
 
-use crate::clock::SystemClock;
-use crate::config::spec::Spec;
-use crate::train::gate::UntilRaised;
-use crate::train::observer::Event;
-use crate::train::run::{Outcome, RunPaths, run};
+mod arguments;
+mod console;
+mod data;
+mod exit;
+mod generate;
+mod interrupt;
+mod plan;
+mod progress;
+mod run;
+mod spec;
+
 use clap::{Parser, Subcommand};
-use std::path::PathBuf;
+use exit::{EXIT_CODES, Exit, Failure};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-#[derive(Parser)]
-#[command(name = "finetuned", version)]
+/// Fine-tunes language models on the device: a Hugging Face model directory and a file of conversations become a
+/// LoRA adapter that PEFT, llama.cpp and vLLM can load.
+#[derive(Parser, Debug)]
+#[command(name = "finetuned", version, propagate_version = true, max_term_width = 100, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(Subcommand)]
+#[derive(Subcommand, Debug)]
 enum Command {
-    /// Runs a spec in the foreground.
-    Run {
-        spec: PathBuf,
-        #[arg(long)]
-        resume: bool,
-        #[arg(long)]
-        output: Option<PathBuf>,
-        #[arg(long = "set")]
-        set: Vec<String>,
-    },
+    /// Train what a spec describes, in the foreground
+    #[command(after_help = "\
+Examples:
+  finetuned run night.toml
+  finetuned run night.toml --resume
+  finetuned run night.toml --set train.max_steps=10 --output /tmp/try
+
+Ctrl-C writes a checkpoint and ends; --resume continues, to the same bits.")]
+    Run(run::RunArguments),
+    /// Say what a run would take: parameters, tokens, steps, memory by part
+    #[command(after_help = "\
+Examples:
+  finetuned plan night.toml
+  finetuned plan night.toml --set data.sequence_length=2048
+  finetuned plan night.toml --json | jq .memory.total
+
+Nothing is trained. Exit code 9, and the smallest change that helps, when the run does not fit in memory.")]
+    Plan(plan::PlanArguments),
+    /// Ask a model, with or without an adapter
+    #[command(after_help = "\
+Examples:
+  finetuned generate --model SmolLM2-135M-Instruct --prompt 'Where is the charging dock?'
+  finetuned generate --model SmolLM2-135M-Instruct --adapter runs/night/adapter --prompt '…'
+  finetuned generate --model stories --raw --prompt 'Once upon a time' --temperature 0.8 --top-p 0.9 --seed 7")]
+    Generate(generate::GenerateArguments),
+    /// Look at the data of a spec
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Look at a spec
+    #[command(subcommand)]
+    Spec(spec::SpecCommand),
 }
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let Command::Run { spec, resume, output, set } = Arguments::parse().command;
-    let spec = match Spec::load(&spec, &set) {
-        Ok(spec) => spec,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(2);
+    let arguments = Arguments::parse();
+    console::listen();
+    match dispatch(&arguments.command) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            failure.print();
+            failure.exit.into()
         }
-    };
-    let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let _ = signal_hook::flag::register(signal, flag.clone());
     }
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).unwrap_or_else(|| "cache".into());
-    let paths = RunPaths {
-        output: output.unwrap_or_else(|| PathBuf::from("runs").join(&spec.run.name)),
-        cache: cache.join("finetuned"),
-    };
-    let mut observer = |event: Event| match event {
-        Event::MicroStep { .. } | Event::Preparing { .. } | Event::Evaluating(..) => {}
-        other => println!("{other:?}"),
-    };
-    match run(&spec, &paths, resume, &mut UntilRaised(flag), &mut observer, &SystemClock::new()) {
-        Ok(Outcome::Finished { summary, adapter }) => {
-            println!("{summary:?} {}", adapter.display());
-            ExitCode::SUCCESS
-        }
-        Ok(Outcome::Stopped { .. }) => ExitCode::from(130),
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+}
+
+fn dispatch(command: &Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Run(arguments) => run::command(arguments),
+        Command::Plan(arguments) => plan::command(arguments),
+        Command::Generate(arguments) => generate::command(arguments),
+        Command::Data(command) => data::command(command),
+        Command::Spec(command) => spec::command(command),
     }
 }

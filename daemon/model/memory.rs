@@ -82,6 +82,8 @@ pub fn plan(
         parts: vec![
             Part { name: "base", bytes: base },
             Part { name: "adapter, gradients, optimizer", bytes: bytes(4 * parameters) },
+            // Host copies of the adapter, the moments and (inside a step) the gradients, while they are written.
+            Part { name: "checkpoint while written", bytes: Bytes(4 * 4 * parameters as u64) },
             Part { name: "activations", bytes: bytes(kept * batch.tokens) },
             Part { name: "gradients of activations", bytes: bytes(shared * batch.tokens + labelled) },
             Part { name: "logits and scratch", bytes: scratch },

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  config.json ─► config ─┐
-//!  *.safetensors ─► tensor_file ─► weights ─► decoder ─► logits, loss, gradients
+//!  *.safetensors ─► tensor_file ─► weights ─► decoder ─► logits, loss, gradients; generate
 //!                  bitsandbytes ─┘   │  ▲        ▲
 //!                             base_cache │    adapter
 //!                             digests ───┘
@@ -14,6 +14,7 @@ pub mod bitsandbytes;
 pub mod config;
 pub mod decoder;
 pub mod digests;
+pub mod generate;
 pub mod memory;
 pub mod tensor_file;
 pub mod weights;

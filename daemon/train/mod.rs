@@ -1,5 +1,7 @@
-//! The training loop: schedule, micro-step, step, evaluation, and the run from spec to results.
+//! The training loop: schedule, micro-step, step, evaluation, and the run from spec to results; and the answers of what was
+//! trained.
 
+pub mod answer;
 pub mod gate;
 pub mod observer;
 pub mod prepare;

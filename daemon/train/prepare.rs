@@ -87,13 +87,7 @@ pub fn prepare(
             spec.data.sequence_length, config.max_position_embeddings
         )));
     }
-    let mut report = |progress: data::Progress| {
-        let what = match progress.stage {
-            Stage::Hashing => "hashing data",
-            Stage::Tokenising => "reading data",
-        };
-        observer.observe(Event::Preparing { what, done: progress.bytes, total: progress.total });
-    };
+    let mut report = |progress: data::Progress| observer.observe(reading(&progress));
     let data =
         data::prepare(&spec.data, spec.run.seed, &tokenizer, &cache.join("tokens"), quarantine, &mut report)?;
     for rows in std::iter::once(&data.train).chain(&data.eval) {
@@ -122,6 +116,15 @@ pub fn prepare(
         &mut report,
     )?;
     Ok(Prepared { tokenizer, data, base, layout, initial })
+}
+
+/// The event of a piece of reading.
+pub fn reading(progress: &data::Progress) -> Event {
+    let what = match progress.stage {
+        Stage::Hashing => "hashing data",
+        Stage::Tokenising => "reading data",
+    };
+    Event::Preparing { what, done: progress.bytes, total: progress.total }
 }
 
 fn largest_token(rows: &TokenRows) -> Option<u32> {

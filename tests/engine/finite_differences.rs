@@ -109,7 +109,7 @@ fn swiglu() {
 #[test]
 fn rope() {
     let b = Oracle::new();
-    let batch = batch(10);
+    let batch = b.batch(batch(10));
     let (heads, d) = (3, 6);
     let n = batch.len() * heads * d;
     let frequencies = [1.0, 0.3, 0.07];
@@ -132,6 +132,7 @@ fn attention() {
     let positions: Vec<u32> = (0..n).collect();
     long.push(&vec![0; n as usize], &vec![0; n as usize], &positions, &[0, n], 1);
     for (batch, heads, kv_heads, d) in [(batch(10), 4, 2, 3), (batch(10), 3, 3, 5), (long, 2, 1, 2)] {
+        let batch = b.batch(batch);
         for window in [None, Some(2), Some(66)] {
             let shape = AttentionShape { heads, kv_heads, head_dim: d, scale: 0.7, window };
             let m = batch.len();
@@ -170,7 +171,7 @@ fn quantised(rows: usize, cols: usize, seed: u64, double: bool) -> FrozenMatrix 
 #[test]
 fn linear_with_lora() {
     let b = Oracle::new();
-    let batch = batch(10);
+    let batch = b.batch(batch(10));
     let m = batch.len();
     let (inputs, r) = (11, 3);
     let outputs = [9, 4];
@@ -249,7 +250,7 @@ fn linear_with_lora() {
 fn cross_entropy() {
     let b = Oracle::new();
     let (vocabulary, hidden) = (37, 5);
-    let batch = batch(vocabulary);
+    let batch = b.batch(batch(vocabulary));
     let n = batch.labelled.len();
     let head = b.matrix(dense(vocabulary, hidden, 1));
     let h = random(n * hidden, 2);
@@ -265,7 +266,7 @@ fn cross_entropy() {
 #[test]
 fn gather_and_scatter_are_each_others_transpose() {
     let b = Oracle::new();
-    let batch = batch(10);
+    let batch = b.batch(batch(10));
     let (m, n, cols) = (batch.len(), batch.labelled.len(), 3);
     assert!(n < m);
     let (x, dy) = (random(m * cols, 1), random(n * cols, 2));
@@ -336,7 +337,7 @@ fn model(vocabulary: usize, window: Option<usize>) -> (Decoder<Oracle>, ModelCon
 fn the_decoder() {
     let vocabulary = 17;
     let (decoder, config) = model(vocabulary, Some(3));
-    let batch = batch(vocabulary);
+    let batch = decoder.batch(batch(vocabulary));
     let shape = BatchShape::of(&batch);
     let all = Module::ALL.to_vec();
     for (modules, layers, dropout) in [
@@ -394,6 +395,7 @@ fn batches_of_one_token_and_of_none() {
         let mut gradients = Adapter::zeros(&decoder.backend, &layout);
         let mut work = Workspace::new(&decoder, &layout, 4, false);
         let shape = BatchShape::of(&batch);
+        let batch = decoder.batch(batch);
         let losses = decoder.loss_and_gradients(&batch, shape, &layout, &adapter, &mut gradients, &mut work);
         assert_eq!(losses.iter().sum::<f64>() > 0.0, loses);
         let moved = gradients.tensors.iter().flatten().any(|&g| g != 0.0);

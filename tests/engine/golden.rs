@@ -74,7 +74,7 @@ fn gradients<T: Real>(
     sequences: &[Sequence],
     recompute: bool,
 ) -> (Vec<f64>, Vec<Vec<f64>>) {
-    let batch = batch(sequences);
+    let batch = decoder.batch(batch(sequences));
     let shape = BatchShape::of(&batch);
     let mut gradients = Adapter::zeros(&decoder.backend, &golden.layout);
     let mut work = Workspace::new(decoder, &golden.layout, shape.tokens, recompute);
@@ -93,7 +93,7 @@ fn check_values<T: Real>(family: &str, variant: &'static str, file: &str, tolera
     let expected = if file.starts_with("float64") { &golden.json["float64"] } else { &golden.json };
 
     for (i, row) in rows.iter().enumerate() {
-        let batch = batch(std::slice::from_ref(row));
+        let batch = decoder.batch(batch(std::slice::from_ref(row)));
         let mut work = Workspace::for_evaluation(&decoder, &golden.layout, row.len());
         let logits = decoder.all_logits(&batch, row.len(), &golden.layout, &adapter, &mut work);
         let logits: Vec<f64> = logits.iter().flatten().map(|&v| f64::from(v)).collect();
@@ -206,7 +206,7 @@ fn curve<T: Real>(family: &str, variant: &'static str, tolerance: f64) {
             .iter()
             .map(|i| sequences[i.as_u64().unwrap() as usize].clone())
             .collect();
-        let batch = batch(&rows);
+        let batch = decoder.batch(batch(&rows));
         let shape = BatchShape::of(&batch);
         assert_eq!(step["labelled"], shape.labelled);
         let losses =

@@ -165,35 +165,54 @@ vectorized! {
     }
 }
 
+/// Cosines and sines of every token's angles, `[M, frequencies]` each: the same for all heads and blocks.
+#[derive(Default)]
+pub struct Angles<T> {
+    cos: Vec<T>,
+    sin: Vec<T>,
+}
+
+impl<T: Real> Angles<T> {
+    /// The angle is a product in f32, as transformers has it; its sine and cosine come from double precision.
+    pub fn new(positions: &[u32], frequencies: &[f32], magnitude: f32) -> Self {
+        let values = |of: fn(f64) -> f64| {
+            positions
+                .par_iter()
+                .with_min_len(64)
+                .flat_map_iter(|&position| {
+                    frequencies.iter().map(move |f| of(f64::from(position as f32 * f)) as f32 * magnitude)
+                })
+                .map(T::from_f32)
+                .collect()
+        };
+        Self { cos: values(f64::cos), sin: values(f64::sin) }
+    }
+}
+
 /// See [`crate::backend::Backend::rope`].
 pub fn rope<T: Real>(
-    positions: &[u32],
+    angles: &Angles<T>,
     heads: usize,
     head_dim: usize,
-    frequencies: &[f32],
-    magnitude: f32,
     inverse: bool,
     round: bool,
     x: &mut [T],
 ) {
     let half = head_dim / 2;
-    x.par_chunks_mut(ROWS * heads * head_dim).zip(positions.par_chunks(ROWS)).for_each(|(x, positions)| {
-        let mut cos = vec![T::ZERO; half];
-        let mut sin = vec![T::ZERO; half];
-        for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
-            for i in 0..half {
-                // The angle as transformers has it (a product in f32), its sine and cosine from double precision.
-                let angle = f64::from(position as f32 * frequencies[i]);
-                cos[i] = T::from_f32(angle.cos() as f32 * magnitude);
-                let s = T::from_f32(angle.sin() as f32 * magnitude);
-                sin[i] = if inverse { -s } else { s };
+    let rows = x.par_chunks_mut(ROWS * heads * head_dim);
+    rows.zip(angles.cos.par_chunks(ROWS * half)).zip(angles.sin.par_chunks(ROWS * half)).for_each(
+        |((x, cos), sin)| {
+            let mut signed = vec![T::ZERO; half];
+            let rows = x.chunks_exact_mut(heads * head_dim);
+            for ((row, cos), sin) in rows.zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)) {
+                signed.iter_mut().zip(sin).for_each(|(s, &sin)| *s = if inverse { -sin } else { sin });
+                rotate(head_dim, cos, &signed, row);
             }
-            rotate(head_dim, &cos, &sin, row);
-        }
-        if round {
-            round_slice(x);
-        }
-    });
+            if round {
+                round_slice(x);
+            }
+        },
+    );
 }
 
 #[inline(always)]

@@ -21,6 +21,10 @@ use std::ops::Range;
 /// are 32 KiB, two thirds of a 48 KiB first-level cache. Changing it changes the bits of every result.
 pub const DEPTH: usize = 256;
 
+/// Multiply-adds below which a product is done by the thread that asks for it: 2²⁰ take about 15 µs, and waking another
+/// thread takes several.
+const WORTH_SHARING: usize = 1 << 20;
+
 /// Columns of B that one task packs at most (256 KiB of f32 at full depth: an eighth of a 2 MiB second-level cache).
 const MAX_PANEL_COLS: usize = 256;
 
@@ -43,6 +47,22 @@ pub trait Operand<T: Real>: Sync {
     /// Writes `out[d * width + i] = operand(line first + i, depth start + d)` for `i < lines`, and zero for
     /// `lines <= i < width`, for all `d < depth`.
     fn pack(&self, first: usize, lines: usize, width: usize, start: usize, depth: usize, out: &mut [T]);
+
+    /// Packs neighbouring tiles of `width` lines each, `[tile][depth][width]`, for an operand that is cheaper to read
+    /// several tiles at a time.
+    fn pack_tiles(
+        &self,
+        first: usize,
+        lines: usize,
+        width: usize,
+        start: usize,
+        depth: usize,
+        out: &mut [T],
+    ) {
+        for (t, out) in out.chunks_exact_mut(width * depth).take(lines.div_ceil(width)).enumerate() {
+            self.pack(first + t * width, (lines - t * width).min(width), width, start, depth, out);
+        }
+    }
 }
 
 /// A strided view of a dense operand: element (line, depth) is `data[line * line_stride + depth * depth_stride]`.
@@ -260,6 +280,17 @@ impl<T: Real> Operand<T> for Deeper<'_, T> {
     fn pack(&self, first: usize, lines: usize, width: usize, start: usize, depth: usize, out: &mut [T]) {
         self.inner.pack(first, lines, width, self.start + start, depth, out);
     }
+    fn pack_tiles(
+        &self,
+        first: usize,
+        lines: usize,
+        width: usize,
+        start: usize,
+        depth: usize,
+        out: &mut [T],
+    ) {
+        self.inner.pack_tiles(first, lines, width, self.start + start, depth, out);
+    }
 }
 
 /// How many threads a product may use.
@@ -291,7 +322,7 @@ pub fn gemm<T: Real>(
             // SAFETY: inside the bounds just checked; `c` is borrowed exclusively.
             unsafe { c.slice(i * c.stride, n) }.fill(T::ZERO);
         }
-    } else if parallel == Parallel::No || rayon::current_num_threads() == 1 {
+    } else if parallel == Parallel::No || rayon::current_num_threads() == 1 || m * n * k < WORTH_SHARING {
         gemm_on_one_thread(m, n, k, a, b, c, accumulate);
     } else {
         // A gradient through the vocabulary sums over 100,000 rows: pack A piece by piece. Whole blocks of DEPTH, so
@@ -372,6 +403,25 @@ impl<T: Real> Left<T> {
         Self { m, k, packed }
     }
 
+    /// Some columns of C: packs its part of B a depth block at a time.
+    fn columns(
+        &self,
+        n: usize,
+        b: &dyn Operand<T>,
+        tiles: Range<usize>,
+        pb: &mut [T],
+        c: &Output<'_, T>,
+        accumulate: bool,
+    ) {
+        let (m, k, mr) = (self.m, self.k, T::TILE.rows);
+        for start in (0..k).step_by(DEPTH) {
+            let depth = (k - start).min(DEPTH);
+            pack_b(b, n, tiles.clone(), start, depth, pb);
+            let (pa, add) = (&self.packed[start * mr..], accumulate || start > 0);
+            multiply_tiles(m, n, 0..m.div_ceil(mr), tiles.clone(), depth, pa, mr * k, pb, c, add);
+        }
+    }
+
     /// `c = a·b` or `c += a·b`, with all threads.
     ///
     /// # Panics
@@ -380,22 +430,25 @@ impl<T: Real> Left<T> {
         let (m, k) = (self.m, self.k);
         c.check(m, n);
         let Tile { rows: mr, cols: nr } = T::TILE;
-        let threads = rayon::current_num_threads();
+        let threads = if m * n * k < WORTH_SHARING { 1 } else { rayon::current_num_threads() };
         let (m_tiles, n_tiles) = (m.div_ceil(mr), n.div_ceil(nr));
         let pa = &self.packed[..];
-        if n_tiles >= 2 * threads {
+        if threads == 1 {
+            let width = (MAX_PANEL_COLS / nr).max(1);
+            with_panels::<T, _>(0, width.min(n_tiles) * nr * DEPTH.min(k), |_, pb| {
+                for first in (0..n_tiles).step_by(width) {
+                    let tiles = first..(first + width).min(n_tiles);
+                    self.columns(n, b, tiles, pb, &c, accumulate);
+                }
+            });
+        } else if n_tiles >= 2 * threads {
             // Wide: each task owns some columns of C and packs its part of B. About four tasks a thread where there
             // are enough columns, so that a slow thread does not hold up all.
             let width = n_tiles.div_ceil(4 * threads).clamp(1, (MAX_PANEL_COLS / nr).max(1));
             (0..n_tiles.div_ceil(width)).into_par_iter().with_max_len(1).for_each(|task| {
                 let tiles = task * width..((task + 1) * width).min(n_tiles);
                 with_panels::<T, _>(0, tiles.len() * nr * DEPTH.min(k), |_, pb| {
-                    for start in (0..k).step_by(DEPTH) {
-                        let depth = (k - start).min(DEPTH);
-                        pack_b(b, n, tiles.clone(), start, depth, pb);
-                        let (pa, add) = (&pa[start * mr..], accumulate || start > 0);
-                        multiply_tiles(m, n, 0..m_tiles, tiles.clone(), depth, pa, mr * k, pb, &c, add);
-                    }
+                    self.columns(n, b, tiles, pb, &c, accumulate);
                 });
             });
         } else {
@@ -430,10 +483,8 @@ fn pack_b<T: Real>(
     out: &mut [T],
 ) {
     let nr = T::TILE.cols;
-    for (tile, out) in tiles.zip(out.chunks_exact_mut(nr * depth)) {
-        let first = tile * nr;
-        b.pack(first, (n - first).min(nr), nr, start, depth, out);
-    }
+    let (first, last) = (tiles.start * nr, (tiles.end * nr).min(n));
+    b.pack_tiles(first, last - first, nr, start, depth, out);
 }
 
 /// The tiles `rows` × `cols` of C. The tiles of A lie `a_stride` elements apart in `pa`; `pb` starts with the first of

@@ -79,11 +79,33 @@ pub struct ByColumns<'a>(&'a CpuMatrix);
 
 impl<T: Real> Operand<T> for ByColumns<'_> {
     fn pack(&self, first: usize, lines: usize, width: usize, start: usize, depth: usize, out: &mut [T]) {
+        self.pack_tiles(first, lines, width, start, depth, out);
+    }
+
+    /// A row of W is dequantised across all tiles at once: a call for every 32 elements would cost as much as the
+    /// elements themselves.
+    fn pack_tiles(
+        &self,
+        first: usize,
+        lines: usize,
+        width: usize,
+        start: usize,
+        depth: usize,
+        out: &mut [T],
+    ) {
         let inputs = self.0.shape().1;
-        for (d, row) in out[..depth * width].chunks_exact_mut(width).enumerate() {
-            self.0.elements((start + d) * inputs + first, &mut row[..lines]);
+        ROWS.with_borrow_mut(|storage| {
+            let tiles = lines.div_ceil(width);
+            let row = super::gemm::as_reals::<T>(storage, tiles * width);
             row[lines..].fill(T::ZERO);
-        }
+            for d in 0..depth {
+                self.0.elements((start + d) * inputs + first, &mut row[..lines]);
+                for (t, piece) in row.chunks_exact(width).enumerate() {
+                    let at = (t * depth + d) * width;
+                    out[at..at + width].copy_from_slice(piece);
+                }
+            }
+        });
     }
 }
 

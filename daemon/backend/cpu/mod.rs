@@ -22,9 +22,19 @@ use super::{
     AdamW, AttentionShape, Backend, Batch, FrozenMatrix, Parameter, Projection, ProjectionBackward, StepShape,
 };
 use crate::backend::cpu::gemm::{Output, Parallel, Strided};
+use elementwise::Angles;
 use real::Real;
 use std::ops::{Deref, DerefMut};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
+
+/// Makes a pool of `threads` (0: one a core) the one that all products use. The calling thread is one of them: a
+/// product it asks for starts at once, without waking another thread to ask.
+///
+/// # Errors
+/// When a pool is in use already.
+pub fn use_threads(threads: usize) -> Result<(), rayon::ThreadPoolBuildError> {
+    rayon::ThreadPoolBuilder::new().use_current_thread().num_threads(threads).build_global()
+}
 
 /// The CPU backend, computing in `T`.
 pub struct Cpu<T: Real> {
@@ -78,6 +88,19 @@ impl<T: Real> Default for Cpu<T> {
     }
 }
 
+/// A micro-batch, and what is computed from it once: all rotary embeddings of a model have one set of angles.
+pub struct CpuBatch<T> {
+    batch: Batch,
+    angles: OnceLock<Angles<T>>,
+}
+
+impl<T> Deref for CpuBatch<T> {
+    type Target = Batch;
+    fn deref(&self) -> &Batch {
+        &self.batch
+    }
+}
+
 /// A buffer on loan; goes back when dropped.
 struct Scratch<'a, T> {
     owner: &'a Mutex<Vec<Vec<T>>>,
@@ -108,7 +131,7 @@ impl<T> Drop for Scratch<'_, T> {
 impl<T: Real> Backend for Cpu<T> {
     type Tensor = Vec<T>;
     type Matrix = CpuMatrix;
-    type Batch = Batch;
+    type Batch = CpuBatch<T>;
 
     fn identity(&self) -> String {
         let compute = if self.bf16 { "bfloat16" } else { T::NAME };
@@ -158,11 +181,11 @@ impl<T: Real> Backend for Cpu<T> {
         CpuMatrix { frozen: matrix, round: self.bf16 }
     }
 
-    fn batch(&self, batch: Batch) -> Batch {
-        batch
+    fn batch(&self, batch: Batch) -> CpuBatch<T> {
+        CpuBatch { batch, angles: OnceLock::new() }
     }
 
-    fn embed(&self, batch: &Batch, table: &CpuMatrix, hidden: usize, out: &mut Vec<T>) {
+    fn embed(&self, batch: &CpuBatch<T>, table: &CpuMatrix, hidden: usize, out: &mut Vec<T>) {
         self.embed_rows(batch, table, hidden, out);
     }
 
@@ -191,13 +214,19 @@ impl<T: Real> Backend for Cpu<T> {
         elementwise::rms_norm_backward(cols, x, weight, epsilon, dy, self.bf16, dx, accumulate);
     }
 
-    fn linear(&self, batch: &Batch, inputs: usize, x: &Vec<T>, projections: &mut [Projection<'_, Self>]) {
+    fn linear(
+        &self,
+        batch: &CpuBatch<T>,
+        inputs: usize,
+        x: &Vec<T>,
+        projections: &mut [Projection<'_, Self>],
+    ) {
         self.linear_forward(batch, inputs, x, projections);
     }
 
     fn linear_backward(
         &self,
-        batch: &Batch,
+        batch: &CpuBatch<T>,
         inputs: usize,
         x: &Vec<T>,
         projections: &mut [ProjectionBackward<'_, Self>],
@@ -208,7 +237,7 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn rope(
         &self,
-        batch: &Batch,
+        batch: &CpuBatch<T>,
         heads: usize,
         head_dim: usize,
         frequencies: &[f32],
@@ -216,13 +245,14 @@ impl<T: Real> Backend for Cpu<T> {
         inverse: bool,
         x: &mut Vec<T>,
     ) {
+        let angles = batch.angles.get_or_init(|| Angles::new(&batch.positions, frequencies, magnitude));
         let x = &mut x[..batch.len() * heads * head_dim];
-        elementwise::rope(&batch.positions, heads, head_dim, frequencies, magnitude, inverse, self.bf16, x);
+        elementwise::rope(angles, heads, head_dim, inverse, self.bf16, x);
     }
 
     fn attention(
         &self,
-        batch: &Batch,
+        batch: &CpuBatch<T>,
         shape: AttentionShape,
         q: &Vec<T>,
         k: &Vec<T>,
@@ -235,7 +265,7 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn attention_backward(
         &self,
-        batch: &Batch,
+        batch: &CpuBatch<T>,
         shape: AttentionShape,
         q: &Vec<T>,
         k: &Vec<T>,
@@ -275,13 +305,13 @@ impl<T: Real> Backend for Cpu<T> {
         elementwise::swiglu_backward(&dout[..len], self.bf16, &mut gate[..len], &mut up[..len]);
     }
 
-    fn gather_labelled(&self, batch: &Batch, cols: usize, x: &Vec<T>, out: &mut Vec<T>) {
+    fn gather_labelled(&self, batch: &CpuBatch<T>, cols: usize, x: &Vec<T>, out: &mut Vec<T>) {
         for (row, &position) in out.chunks_exact_mut(cols).zip(&batch.labelled) {
             row.copy_from_slice(&x[position as usize * cols..][..cols]);
         }
     }
 
-    fn scatter_labelled(&self, batch: &Batch, cols: usize, x: &Vec<T>, out: &mut Vec<T>) {
+    fn scatter_labelled(&self, batch: &CpuBatch<T>, cols: usize, x: &Vec<T>, out: &mut Vec<T>) {
         out[..batch.len() * cols].fill(T::ZERO);
         for (row, &position) in x.chunks_exact(cols).zip(&batch.labelled) {
             out[position as usize * cols..][..cols].copy_from_slice(row);
@@ -290,7 +320,7 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn cross_entropy(
         &self,
-        batch: &Batch,
+        batch: &CpuBatch<T>,
         hidden: usize,
         h: &Vec<T>,
         head: &CpuMatrix,
