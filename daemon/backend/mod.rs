@@ -317,7 +317,7 @@ pub trait Backend {
     /// `out = 0`, then `out[labelled[i]] = x[i]`, `[M, cols]`.
     fn scatter_labelled(&self, batch: &Self::Batch, cols: usize, x: &Self::Tensor, out: &mut Self::Tensor);
 
-    /// Σ over labelled tokens of −log softmax(h·Wᵀ)[target], h `[labelled, H]`, W `[vocabulary, H]`, and (if asked)
+    /// Σ over labelled tokens of −log `softmax(h·Wᵀ)[target]`, h `[labelled, H]`, W `[vocabulary, H]`, and (if asked)
     /// `dh = (softmax − onehot)·W`, not yet divided by the number of tokens. Works in chunks of tokens: the logits of
     /// a whole sequence never exist. The loss is returned as one f64 per sequence of the batch.
     fn cross_entropy(

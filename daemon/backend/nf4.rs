@@ -18,7 +18,7 @@
 //!
 //! * a full block is multiplied by `1 / absmax`, a last short block is divided by `absmax`;
 //! * a quotient on the border between two codes takes the lower one; an odd last nibble holds the code of zero;
-//! * the mean is PyTorch's single-threaded CPU sum (see [`sum`]) divided by the count;
+//! * the mean is PyTorch's single-threaded CPU sum (see `sum` below) divided by the count;
 //! * nested codes come from a table of 65,536 steps over [-1, 1], not from an exact search for the nearest value.
 //!
 //! bitsandbytes on a GPU agrees on codes and plain absmax; it rounds nested codes exactly and sums in another order,

@@ -859,7 +859,7 @@ frobnicate = true
     fn the_hash_is_stable() {
         assert_eq!(
             set(&[]).result_hash(),
-            "aafde2ba1a664ef43a5d6ebf17aae44777b8791d20bedc01567105b037bb8114"
+            "7743697471e3a851c49a7e3bdaf6fc87a7018a2e7241d1f170697cb1b2733e2a"
         );
     }
 }

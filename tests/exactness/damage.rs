@@ -8,6 +8,9 @@ use finetuned::train::observer::Event;
 use finetuned::train::run::{Outcome, RunError};
 use std::path::Path;
 
+/// Something that happens to a file.
+type Damage = fn(&Path);
+
 fn flip(path: &Path) {
     let mut bytes = std::fs::read(path).unwrap();
     let middle = bytes.len() / 2;
@@ -39,7 +42,7 @@ fn finish_with_notes(output: &Path) -> usize {
 #[test]
 fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     let fixture = shared();
-    let damages: [(&str, fn(&Path)); 7] = [
+    let damages: [(&str, Damage); 7] = [
         ("adapter.safetensors", flip),
         ("optimizer.safetensors", flip),
         ("gradients.safetensors", flip),
@@ -150,7 +153,7 @@ fn overfitting() -> Spec {
         "data.eval=unlike.jsonl",
         "train.learning_rate=2e-2",
         "train.lr_scheduler=constant",
-        "train.evaluate_every=1",
+        "train.evaluate_every=2",
         "train.checkpoint_every=3",
         "train.keep_checkpoints=1",
     ])

@@ -356,7 +356,7 @@ pub fn adamw<T: Real>(c: AdamW, value: &mut [T], gradient: &[T], m: &mut [T], v:
         .for_each(|((value, gradient), (m, v))| adamw_slice(constants, value, gradient, m, v));
 }
 
-/// Σ x² in f64: blocks of [`FLAT`] in order, whatever the number of threads.
+/// Σ x² in f64: blocks of `FLAT` elements in order, whatever the number of threads.
 pub fn square_sum<T: Real>(x: &[T]) -> f64 {
     let partial: Vec<f64> = x
         .par_chunks(FLAT)
