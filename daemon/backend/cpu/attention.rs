@@ -10,8 +10,8 @@ use super::elementwise::{dot, maximum, round_slice, scale_slice, sum};
 use super::gemm::{Output, Parallel, Strided, gemm};
 use super::real::Real;
 use super::simd::vectorized;
+use super::team;
 use crate::backend::{AttentionShape, Batch};
-use rayon::prelude::*;
 
 /// Queries per strip. 64 × 1,024 scores are 256 KiB of f32: they fit the second-level cache.
 pub const QUERIES: usize = 64;
@@ -64,7 +64,8 @@ impl<T: Real> Cpu<T> {
             .flat_map(|w| strips(w[0] as usize, (w[1] - w[0]) as usize, shape.window))
             .flat_map(|strip| (0..heads).map(move |h| (strip, h)))
             .collect();
-        tasks.into_par_iter().for_each(|(strip, h)| {
+        team::run(tasks.len(), |task| {
+            let (strip, h) = tasks[task];
             let (rows, keys) = (strip.last - strip.first, strip.last - strip.low);
             let mut scores = self.strip(rows * keys);
             self.scores(shape, strip, h, q, k, &mut scores);
@@ -141,7 +142,8 @@ impl<T: Real> Cpu<T> {
             .collect();
         // Longest first: the last task to start should be a short one.
         tasks.sort_by_key(|&(start, len, h)| (std::cmp::Reverse(len), start, h));
-        tasks.into_par_iter().with_max_len(1).for_each(|(start, len, h)| {
+        team::run(tasks.len(), |task| {
+            let (start, len, h) = tasks[task];
             for i in start..start + len {
                 // SAFETY: this example's rows, this head's columns.
                 unsafe {
@@ -201,19 +203,20 @@ impl<T: Real> Cpu<T> {
         });
         let (dk_parts, dv_parts) = parts.split_at(m * q_cols);
         for (to, parts) in [(dk, dk_parts), (dv, dv_parts)] {
-            to[..m * kv_cols].par_chunks_mut(kv_cols).zip(parts.par_chunks(q_cols)).for_each(
-                |(to, parts)| {
+            team::chunks(16 * kv_cols, &mut to[..m * kv_cols], |i, to| {
+                let parts = team::chunk_of(16 * q_cols, i, parts);
+                for (to, parts) in to.chunks_exact_mut(kv_cols).zip(parts.chunks_exact(q_cols)) {
                     for (kv, to) in to.chunks_exact_mut(d).enumerate() {
                         to.copy_from_slice(&parts[kv * group * d..][..d]);
                         for h in kv * group + 1..(kv + 1) * group {
-                            to.iter_mut().zip(&parts[h * d..]).for_each(|(t, &p)| *t += p);
-                        }
-                        if self.bf16 {
-                            to.iter_mut().for_each(|x| *x = x.round_bf16());
+                            super::elementwise::add_slice(&parts[h * d..], to);
                         }
                     }
-                },
-            );
+                }
+                if self.bf16 {
+                    round_slice(to);
+                }
+            });
         }
         if self.bf16 {
             super::elementwise::round_bf16(&mut dq[..m * q_cols]);
@@ -234,7 +237,7 @@ impl<T: Real> Cpu<T> {
         let group = heads / kv_heads;
         let (q_cols, kv_cols) = (heads * d, kv_heads * d);
         let scale = T::from_f64(shape.scale);
-        out[..rows * q_cols].par_chunks_mut(d).enumerate().for_each(|(task, out)| {
+        team::chunks(d, &mut out[..rows * q_cols], |task, out| {
             let (t, h) = (task / heads, task % heads);
             let query = &q[t * q_cols + h * d..][..d];
             let position = past + t;

@@ -2,8 +2,8 @@
 
 use super::real::Real;
 use super::simd::vectorized;
+use super::team::{chunk_of, chunks, chunks2, chunks3};
 use crate::backend::AdamW;
-use rayon::prelude::*;
 
 /// Rows per task: small enough to balance, large enough that a task outweighs its scheduling.
 const ROWS: usize = 16;
@@ -90,8 +90,9 @@ vectorized! {
 
 /// See [`crate::backend::Backend::rms_norm`].
 pub fn rms_norm<T: Real>(cols: usize, x: &[T], weight: &[T], epsilon: f64, round: bool, y: &mut [T]) {
-    y.par_chunks_mut(ROWS * cols).zip(x.par_chunks(ROWS * cols)).for_each(|(y, x)| {
-        rms_norm_rows(cols, x, weight, T::from_f64(epsilon), y);
+    let chunk = ROWS * cols;
+    chunks(chunk, y, |i, y| {
+        rms_norm_rows(cols, chunk_of(chunk, i, x), weight, T::from_f64(epsilon), y);
         if round {
             round_slice(y);
         }
@@ -140,15 +141,15 @@ pub fn rms_norm_backward<T: Real>(
     dx: &mut [T],
     accumulate: bool,
 ) {
-    dx.par_chunks_mut(ROWS * cols).zip(x.par_chunks(ROWS * cols)).zip(dy.par_chunks(ROWS * cols)).for_each(
-        |((dx, x), dy)| {
-            let mut g = vec![T::ZERO; cols];
-            rms_norm_backward_rows(cols, x, weight, T::from_f64(epsilon), dy, &mut g, dx, accumulate);
-            if round {
-                round_slice(dx);
-            }
-        },
-    );
+    let chunk = ROWS * cols;
+    chunks(chunk, dx, |i, dx| {
+        let mut g = vec![T::ZERO; cols];
+        let (x, dy) = (chunk_of(chunk, i, x), chunk_of(chunk, i, dy));
+        rms_norm_backward_rows(cols, x, weight, T::from_f64(epsilon), dy, &mut g, dx, accumulate);
+        if round {
+            round_slice(dx);
+        }
+    });
 }
 
 vectorized! {
@@ -175,15 +176,18 @@ pub struct Angles<T> {
 impl<T: Real> Angles<T> {
     /// The angle is a product in f32, as transformers has it; its sine and cosine come from double precision.
     pub fn new(positions: &[u32], frequencies: &[f32], magnitude: f32) -> Self {
+        let half = frequencies.len();
         let values = |of: fn(f64) -> f64| {
-            positions
-                .par_iter()
-                .with_min_len(64)
-                .flat_map_iter(|&position| {
-                    frequencies.iter().map(move |f| of(f64::from(position as f32 * f)) as f32 * magnitude)
-                })
-                .map(T::from_f32)
-                .collect()
+            let mut values = vec![T::ZERO; positions.len() * half];
+            chunks(ROWS * half.max(1), &mut values, |i, values| {
+                let positions = chunk_of(ROWS, i, positions);
+                for (values, &position) in values.chunks_exact_mut(half).zip(positions) {
+                    for (v, f) in values.iter_mut().zip(frequencies) {
+                        *v = T::from_f32(of(f64::from(position as f32 * f)) as f32 * magnitude);
+                    }
+                }
+            });
+            values
         };
         Self { cos: values(f64::cos), sin: values(f64::sin) }
     }
@@ -199,20 +203,18 @@ pub fn rope<T: Real>(
     x: &mut [T],
 ) {
     let half = head_dim / 2;
-    let rows = x.par_chunks_mut(ROWS * heads * head_dim);
-    rows.zip(angles.cos.par_chunks(ROWS * half)).zip(angles.sin.par_chunks(ROWS * half)).for_each(
-        |((x, cos), sin)| {
-            let mut signed = vec![T::ZERO; half];
-            let rows = x.chunks_exact_mut(heads * head_dim);
-            for ((row, cos), sin) in rows.zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)) {
-                signed.iter_mut().zip(sin).for_each(|(s, &sin)| *s = if inverse { -sin } else { sin });
-                rotate(head_dim, cos, &signed, row);
-            }
-            if round {
-                round_slice(x);
-            }
-        },
-    );
+    chunks(ROWS * heads * head_dim, x, |i, x| {
+        let mut signed = vec![T::ZERO; half];
+        let (cos, sin) = (chunk_of(ROWS * half, i, &angles.cos), chunk_of(ROWS * half, i, &angles.sin));
+        let rows = x.chunks_exact_mut(heads * head_dim);
+        for ((row, cos), sin) in rows.zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)) {
+            signed.iter_mut().zip(sin).for_each(|(s, &sin)| *s = if inverse { -sin } else { sin });
+            rotate(head_dim, cos, &signed, row);
+        }
+        if round {
+            round_slice(x);
+        }
+    });
 }
 
 #[inline(always)]
@@ -230,14 +232,12 @@ vectorized! {
 
 /// See [`crate::backend::Backend::swiglu`].
 pub fn swiglu<T: Real>(gate: &[T], up: &[T], round: bool, out: &mut [T]) {
-    out.par_chunks_mut(FLAT).zip(gate.par_chunks(FLAT)).zip(up.par_chunks(FLAT)).for_each(
-        |((out, gate), up)| {
-            swiglu_slice(gate, up, out);
-            if round {
-                round_slice(out);
-            }
-        },
-    );
+    chunks(FLAT, out, |i, out| {
+        swiglu_slice(chunk_of(FLAT, i, gate), chunk_of(FLAT, i, up), out);
+        if round {
+            round_slice(out);
+        }
+    });
 }
 
 vectorized! {
@@ -253,15 +253,13 @@ vectorized! {
 
 /// See [`crate::backend::Backend::swiglu_backward`].
 pub fn swiglu_backward<T: Real>(dout: &[T], round: bool, gate: &mut [T], up: &mut [T]) {
-    gate.par_chunks_mut(FLAT).zip(up.par_chunks_mut(FLAT)).zip(dout.par_chunks(FLAT)).for_each(
-        |((gate, up), dout)| {
-            swiglu_backward_slice(dout, gate, up);
-            if round {
-                round_slice(gate);
-                round_slice(up);
-            }
-        },
-    );
+    chunks2(FLAT, gate, up, |i, gate, up| {
+        swiglu_backward_slice(chunk_of(FLAT, i, dout), gate, up);
+        if round {
+            round_slice(gate);
+            round_slice(up);
+        }
+    });
 }
 
 vectorized! {
@@ -275,8 +273,8 @@ vectorized! {
 
 /// `y += x`
 pub fn add<T: Real>(x: &[T], round: bool, y: &mut [T]) {
-    y.par_chunks_mut(FLAT).zip(x.par_chunks(FLAT)).for_each(|(y, x)| {
-        add_slice(x, y);
+    chunks(FLAT, y, |i, y| {
+        add_slice(chunk_of(FLAT, i, x), y);
         if round {
             round_slice(y);
         }
@@ -303,7 +301,7 @@ vectorized! {
 
 /// Rounds to bfloat16 in place.
 pub fn round_bf16<T: Real>(x: &mut [T]) {
-    x.par_chunks_mut(FLAT).for_each(round_slice);
+    chunks(FLAT, x, |_, x| round_slice(x));
 }
 
 /// The constants of [`AdamW`] in the element type.
@@ -349,26 +347,22 @@ pub fn adamw<T: Real>(c: AdamW, value: &mut [T], gradient: &[T], m: &mut [T], v:
         epsilon: T::from_f64(c.epsilon),
         scale: T::from_f64(c.gradient_scale),
     };
-    value
-        .par_chunks_mut(FLAT)
-        .zip(gradient.par_chunks(FLAT))
-        .zip(m.par_chunks_mut(FLAT).zip(v.par_chunks_mut(FLAT)))
-        .for_each(|((value, gradient), (m, v))| adamw_slice(constants, value, gradient, m, v));
+    chunks3(FLAT, value, m, v, |i, value, m, v| {
+        adamw_slice(constants, value, chunk_of(FLAT, i, gradient), m, v);
+    });
 }
 
 /// Σ x² in f64: blocks of `FLAT` elements in order, whatever the number of threads.
 pub fn square_sum<T: Real>(x: &[T]) -> f64 {
-    let partial: Vec<f64> = x
-        .par_chunks(FLAT)
-        .map(|x| {
-            let mut lanes = [0.0_f64; 8];
-            for chunk in x.chunks(8) {
-                for (lane, v) in lanes.iter_mut().zip(chunk) {
-                    *lane += v.to_f64() * v.to_f64();
-                }
+    let mut partial = vec![0.0; x.len().div_ceil(FLAT)];
+    chunks(1, &mut partial, |i, sum| {
+        let mut lanes = [0.0_f64; 8];
+        for chunk in chunk_of(FLAT, i, x).chunks(8) {
+            for (lane, v) in lanes.iter_mut().zip(chunk) {
+                *lane += v.to_f64() * v.to_f64();
             }
-            lanes.iter().sum()
-        })
-        .collect();
+        }
+        sum[0] = lanes.iter().sum();
+    });
     partial.iter().sum()
 }

@@ -13,7 +13,7 @@
 //!   AVX2, AVX-512 and NEON machines.
 
 use super::real::Real;
-use rayon::prelude::*;
+use super::team;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -336,7 +336,7 @@ pub fn gemm<T: Real>(
             // SAFETY: inside the bounds just checked; `c` is borrowed exclusively.
             unsafe { c.slice(i * c.stride, n) }.fill(T::ZERO);
         }
-    } else if parallel == Parallel::No || rayon::current_num_threads() == 1 || m * n * k < WORTH_SHARING {
+    } else if parallel == Parallel::No || team::threads() == 1 || m * n * k < WORTH_SHARING {
         gemm_on_one_thread(m, n, k, a, b, c, accumulate);
     } else {
         // A gradient through the vocabulary sums over 100,000 rows: pack A piece by piece. Whole blocks of DEPTH, so
@@ -432,7 +432,7 @@ impl<T: Real> Left<T> {
         if depth == 0 {
             return;
         }
-        self.packed.par_chunks_mut(mr * (self.k + self.tail)).enumerate().for_each(|(t, out)| {
+        team::chunks(mr * (self.k + self.tail), &mut self.packed, |t, out| {
             let lines = (m - t * mr).min(mr);
             for (d, depth) in blocks(depth) {
                 a.pack(t * mr, lines, mr, d, depth, &mut out[(start + d) * mr..(start + d + depth) * mr]);
@@ -468,7 +468,7 @@ impl<T: Real> Left<T> {
         let m = self.m;
         c.check(m, n);
         let Tile { rows: mr, cols: nr } = T::TILE;
-        let threads = if m * n * k < WORTH_SHARING { 1 } else { rayon::current_num_threads() };
+        let threads = if m * n * k < WORTH_SHARING { 1 } else { team::threads() };
         let (m_tiles, n_tiles) = (m.div_ceil(mr), n.div_ceil(nr));
         let panel = |tiles: usize| tiles * nr * MAX_DEPTH.min(k);
         if threads == 1 {
@@ -483,7 +483,7 @@ impl<T: Real> Left<T> {
             // Wide: each task owns some columns of C and packs its part of B. About four tasks a thread where there
             // are enough columns, so that a slow thread does not hold up all.
             let width = n_tiles.div_ceil(4 * threads).clamp(1, (MAX_PANEL_COLS / nr).max(1));
-            (0..n_tiles.div_ceil(width)).into_par_iter().with_max_len(1).for_each(|task| {
+            team::run(n_tiles.div_ceil(width), |task| {
                 let tiles = task * width..((task + 1) * width).min(n_tiles);
                 with_panels::<T, _>(0, panel(tiles.len()), |_, pb| {
                     self.columns(k, n, b, tiles, pb, &c, accumulate);
@@ -498,7 +498,7 @@ impl<T: Real> Left<T> {
             let (pa, pb) = (&self.packed[..], &packed[..]);
             let stride = mr * (self.k + self.tail);
             let height = m_tiles.div_ceil(4 * threads).max(1);
-            (0..m_tiles.div_ceil(height)).into_par_iter().for_each(|task| {
+            team::run(m_tiles.div_ceil(height), |task| {
                 let rows = task * height..((task + 1) * height).min(m_tiles);
                 for (start, depth) in blocks(k) {
                     let (pa, pb) = (&pa[start * mr..], &pb[start * n_tiles * nr..]);

@@ -3,10 +3,10 @@
 use super::elementwise::{add_slice, round_bf16, round_slice, scale_slice};
 use super::gemm::{Left, Operand, Output, Parallel, Strided, gemm};
 use super::real::Real;
+use super::team;
 use super::{Cpu, CpuMatrix};
 use crate::backend::philox::philox4x32;
 use crate::backend::{Batch, Dropout, Projection, ProjectionBackward};
-use rayon::prelude::*;
 
 /// A master weight as an operand: rounded to bfloat16 as it is packed when computing in bfloat16 (the working copy).
 struct Master<'a, T> {
@@ -46,7 +46,7 @@ fn apply_dropout<T: Real>(batch: &Batch, inputs: usize, dropout: Dropout, x: &mu
         let key = [key as u32, (key >> 32) as u32];
         let rows = &mut x[offsets[0] as usize * inputs..offsets[1] as usize * inputs];
         // Tasks start at multiples of 4 elements, so that none cuts a Philox block.
-        rows.par_chunks_mut(4096).enumerate().for_each(|(chunk, rows)| {
+        team::chunks(4096, rows, |chunk, rows| {
             for (i, group) in rows.chunks_mut(4).enumerate() {
                 let block = (chunk * 1024 + i) as u64;
                 let words = philox4x32([block as u32, (block >> 32) as u32, dropout.module, 0], key);
@@ -104,7 +104,9 @@ impl<T: Real> Cpu<T> {
                 _ => left.multiply(outputs, &p.weight.by_rows(), to, false),
             }
             if let Some(bias) = p.bias {
-                output.par_chunks_mut(outputs).for_each(|row| add_slice(bias, row));
+                team::chunks(16 * outputs, output, |_, rows| {
+                    rows.chunks_exact_mut(outputs).for_each(|row| add_slice(bias, row));
+                });
             }
             if self.bf16 {
                 round_bf16(output);
@@ -215,9 +217,8 @@ impl<T: Real> Cpu<T> {
 
     /// `out[t] = table[token t]`
     pub(super) fn embed_rows(&self, batch: &Batch, table: &CpuMatrix, hidden: usize, out: &mut [T]) {
-        out[..batch.len() * hidden]
-            .par_chunks_mut(hidden)
-            .zip(&batch.tokens)
-            .for_each(|(row, &token)| table.elements(token as usize * hidden, row));
+        team::chunks(hidden, &mut out[..batch.len() * hidden], |t, row| {
+            table.elements(batch.tokens[t] as usize * hidden, row);
+        });
     }
 }

@@ -4,9 +4,9 @@ use super::elementwise::{maximum, round_slice, sum};
 use super::gemm::{Output, Parallel, Strided, gemm};
 use super::real::Real;
 use super::simd::vectorized;
+use super::team;
 use super::{Cpu, CpuMatrix};
 use crate::backend::Batch;
-use rayon::prelude::*;
 
 /// Logits that exist at a time: 8 Mi elements, 32 MiB of f32. A vocabulary of 49,152 gives chunks of 170 tokens, deep
 /// enough for the product to run at full rate; one of 152,064 still 55.
@@ -50,7 +50,7 @@ impl<T: Real> Cpu<T> {
         let vocabulary = head.shape().0;
         let count = batch.labelled.len();
         let step = chunk(vocabulary);
-        let mut losses = Vec::with_capacity(count);
+        let mut losses = vec![0.0; count];
         let mut logits = self.scratch(step.min(count) * vocabulary);
         for first in (0..count).step_by(step) {
             let rows = (count - first).min(step);
@@ -61,19 +61,16 @@ impl<T: Real> Cpu<T> {
             gemm(Parallel::Pool, rows, vocabulary, hidden, &a, &head.by_rows(), to, false);
             let want_gradient = dh.is_some();
             let targets = &batch.labelled[first..first + rows];
-            let chunk: Vec<f64> = logits
-                .par_chunks_mut(vocabulary)
-                .zip(targets)
-                .map(|(row, &position)| {
-                    let target = batch.targets[position as usize] as usize;
-                    let loss = softmax_minus_onehot(row, target, want_gradient);
-                    if want_gradient && self.bf16 {
-                        round_slice(row);
-                    }
-                    loss
-                })
-                .collect();
-            losses.extend(chunk);
+            let rows_view = Output::new(logits, vocabulary);
+            team::chunks(1, &mut losses[first..first + rows], |i, loss| {
+                // SAFETY: row i belongs to task i.
+                let row = unsafe { rows_view.slice(i * vocabulary, vocabulary) };
+                let target = batch.targets[targets[i] as usize] as usize;
+                loss[0] = softmax_minus_onehot(row, target, want_gradient);
+                if want_gradient && self.bf16 {
+                    round_slice(row);
+                }
+            });
             if let Some(dh) = dh.as_deref_mut() {
                 let dh = &mut dh[first * hidden..(first + rows) * hidden];
                 let a = Strided { data: &logits[..], line_stride: vocabulary, depth_stride: 1 };

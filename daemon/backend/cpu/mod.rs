@@ -14,6 +14,7 @@ mod attention;
 mod linear;
 mod loss;
 mod matrix;
+mod team;
 
 pub use loss::chunk as loss_chunk;
 pub use matrix::CpuMatrix;
@@ -145,7 +146,7 @@ impl<T: Real> Backend for Cpu<T> {
     }
 
     fn scratch_bytes(&self, s: StepShape) -> u64 {
-        let threads = rayon::current_num_threads();
+        let threads = team::threads();
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let widest = s.intermediate.max(s.hidden).max(q).max(kv);
         // The left operands of a linear layer's backward pass, dY and (with dropout) the dropped X, and G.
