@@ -13,6 +13,8 @@ mod fixture;
 mod full_disk;
 #[path = "commands/look.rs"]
 mod look;
+#[path = "commands/memory.rs"]
+mod memory;
 #[path = "commands/run.rs"]
 mod run;
 #[path = "commands/support.rs"]

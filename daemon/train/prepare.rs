@@ -255,7 +255,9 @@ pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     let eval =
         data.eval.as_ref().map_or(0, |rows| (0..rows.len()).map(|i| rows.row_len(i)).max().unwrap_or(0));
     let longest = longest.max(eval).min(spec.data.sequence_length);
-    let n = spec.train.micro_batch_size;
+    let eval_rows = data.eval.as_ref().map_or(0, |rows| rows.len());
+    // No micro-batch has more sequences than there are rows.
+    let n = spec.train.micro_batch_size.min(data.train.len().max(eval_rows)).max(1);
     if !spec.data.packing {
         return MicroBatch { tokens: n * longest, labelled: n * longest, longest };
     }

@@ -187,6 +187,12 @@ pub fn run(
     let quarantine = paths.output.join("quarantine.jsonl");
     let prepared = prepare::prepare(spec, &paths.cache, Some(&quarantine), observer)?;
     let plan = prepare::memory_plan(spec, &backend, &prepared);
+    if let Some(available) = prepare::available_memory().filter(|available| plan.total() > *available) {
+        observer.observe(Event::Note(format!(
+            "the run takes {}, and {available} is available: `finetuned plan` says what would fit",
+            plan.total()
+        )));
+    }
     let store = Store::open(&checkpoints)?;
     Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?.drive(gate, observer, clock)
 }
