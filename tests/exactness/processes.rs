@@ -71,8 +71,8 @@ fn sigint_and_sigterm() {
         let output = shared().output();
         let output = output.path();
         let mut child = start(output, &[]);
-        // From here on it listens.
-        while !output.join("metrics.jsonl").exists() {
+        // The spec is copied when training starts: from here on a signal means a checkpoint.
+        while !output.join("spec.toml").exists() {
             assert!(child.try_wait().unwrap().is_none(), "it ended before it began");
             std::thread::sleep(Duration::from_millis(1));
         }
