@@ -353,15 +353,15 @@ fn conversations(seed: u64) -> String {
     text
 }
 
-/// Conversations that nothing in the others helps with: held-out loss over them soon rises.
+/// Conversations that the others help with a little, and then no more: held-out loss over them falls and rises.
 fn unlike() -> String {
     let mut random = Philox::new(3, 2);
     let mut text = String::new();
     for i in 0..4 {
-        let answer: String = (0..40).map(|_| char::from(b'A' + (random.next_u32() % 26) as u8)).collect();
+        let letters: String = (0..24).map(|_| char::from(b'A' + (random.next_u32() % 26) as u8)).collect();
         let row = json!({"messages": [
-            {"role": "user", "content": format!("say {i}")},
-            {"role": "assistant", "content": answer},
+            {"role": "user", "content": format!("add {i} and {i}")},
+            {"role": "assistant", "content": format!("{letters} and {letters} are {i}.")},
         ]});
         writeln!(text, "{row}").unwrap();
     }
