@@ -183,7 +183,10 @@ pub trait Backend {
     /// Bytes that the operations of a step hold beside their arguments, at most at a time.
     fn scratch_bytes(&self, shape: StepShape) -> u64;
 
-    /// A tensor of `len` zeros. Memory is taken here and nowhere else.
+    /// Takes the scratch memory of steps of up to this shape, so that a longer batch later does not have to.
+    fn reserve(&self, shape: StepShape);
+
+    /// A tensor of `len` zeros. Memory is taken here and in [`Backend::reserve`].
     fn zeros(&self, len: usize) -> Self::Tensor;
     /// Copies from the host; `values` may be shorter than the tensor.
     fn write(&self, tensor: &mut Self::Tensor, values: &[f32]);

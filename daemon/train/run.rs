@@ -27,7 +27,7 @@ use crate::config::spec::Spec;
 use crate::data::{EpochPlan, Sequence, TokenRows};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Decoder;
-use crate::model::memory::MemoryPlan;
+use crate::model::memory::{self, MemoryPlan};
 use crate::reason::Reason;
 use crate::units::Bytes;
 use serde::Serialize;
@@ -246,9 +246,11 @@ impl<'a, B: Backend> Run<'a, B> {
             backend: backend.identity(),
         };
         let steps = prepare::count_steps(spec, &data.train);
-        let capacity = prepare::largest_micro_batch(spec, &data).tokens.max(1);
+        let largest = prepare::largest_micro_batch(spec, &data);
+        let capacity = largest.tokens.max(1);
         let total_parameters = base.total_parameters() + layout.parameters();
         drop(tokenizer); // tens of megabytes, not needed while training
+        backend.reserve(memory::step_shape(&base.config, &layout, largest));
         let decoder = Decoder::new(backend, base);
         let mut trainer = Trainer::new(decoder, layout, spec.run.seed, capacity, plan.recompute);
         if let Some((values, _)) = initial {

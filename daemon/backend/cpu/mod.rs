@@ -71,8 +71,7 @@ impl<T: Real> Cpu<T> {
         let mut buffer = best.map(|i| free.swap_remove(i)).unwrap_or_default();
         drop(free);
         if buffer.len() < len {
-            buffer.clear(); // its content is of no use: do not copy it
-            buffer.resize(len, T::ZERO);
+            buffer = vec![T::ZERO; len]; // its content is of no use: do not copy it
         }
         Scratch { owner: &self.free, buffer, len }
     }
@@ -160,6 +159,12 @@ impl<T: Real> Backend for Cpu<T> {
         let logits = rows * (s.vocabulary + gemm::MAX_PACKED_DEPTH.min(s.vocabulary));
         // Buffers go back to a free list and serve again, so the phases overlay: the largest of each kind counts.
         ((packed + panels + attention.max(logits) + attention.min(logits)) * size_of::<T>()) as u64
+    }
+
+    /// The logits are by far the largest piece of scratch, and differ in size from batch to batch: growing them would
+    /// leave holes in the heap. The rest reaches its size within a few steps.
+    fn reserve(&self, s: StepShape) {
+        drop(self.scratch(loss::chunk(s.vocabulary).min(s.labelled) * s.vocabulary));
     }
 
     fn zeros(&self, len: usize) -> Vec<T> {
