@@ -458,7 +458,7 @@ fn check<'a>(config: &AdapterConfig, tensors: impl Iterator<Item = (&'a str, &'a
     }
     if config.layers_to_transform.is_none()
         && let Some(last) = layers.last()
-        && last + 1 != layers.len()
+        && last.checked_add(1) != Some(layers.len())
     {
         let present: Vec<String> = layers.iter().map(usize::to_string).collect();
         problems.push(format!("only layers {} are there; the configuration says all", present.join(", ")));

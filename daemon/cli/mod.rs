@@ -39,7 +39,7 @@ enum Command {
 Examples:
   finetuned run night.toml
   finetuned run night.toml --resume
-  finetuned run night.toml --set train.max_steps=10 --output /tmp/try
+  finetuned run night.toml --set train.max_steps=10 --output try
 
 Ctrl-C writes a checkpoint and ends; --resume continues, to the same bits.")]
     Run(run::RunArguments),

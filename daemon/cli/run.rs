@@ -122,7 +122,7 @@ impl Foreground {
                 let nothing = counts.resumed && counts.steps == 0 && had_finished;
                 if nothing {
                     console::message(&format!(
-                        "nothing to do: the run in {} had finished; its results were written again as they were",
+                        "nothing to do: the run in {} had finished; its adapter was written again, as it was",
                         shown(&self.output)
                     ));
                 }

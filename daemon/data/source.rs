@@ -167,21 +167,8 @@ impl RowReader {
     /// Opens a file and decides how its rows are framed.
     pub fn open(path: &Path) -> Result<Self, SourceError> {
         let read_error = |source| SourceError::Read { path: path.into(), source };
-        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-        let unsupported = match extension.as_str() {
-            "parquet" => Some("a Parquet file"),
-            "arrow" | "feather" => Some("an Arrow file"),
-            "gz" | "zst" | "xz" | "bz2" | "zip" => Some("compressed"),
-            "xlsx" | "xls" | "ods" => Some("a spreadsheet"),
-            _ => None,
-        };
-        if let Some(what) = unsupported {
-            return Err(SourceError::Unsupported { path: path.into(), what });
-        }
-        let file = File::open(path).map_err(read_error)?;
-        if file.metadata().map_err(read_error)?.is_dir() {
-            return Err(SourceError::Unsupported { path: path.into(), what: "a directory" });
-        }
+        let extension = extension(path);
+        let file = open_rows(path)?;
         let hash = Rc::new(Cell::new(Some(Sha256::new())));
         let bytes = Rc::new(Cell::new(0));
         let allowance = Rc::new(Cell::new(usize::MAX));
@@ -425,10 +412,36 @@ fn csv_error(path: &Path, error: csv::Error) -> SourceError {
     }
 }
 
+/// The file name's extension in lower case.
+fn extension(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
+/// Opens a regular file of a kind that is read. A pipe or a device might never end, and rows are read twice.
+fn open_rows(path: &Path) -> Result<File, SourceError> {
+    let read_error = |source| SourceError::Read { path: path.into(), source };
+    let unsupported = |what| SourceError::Unsupported { path: path.into(), what };
+    match extension(path).as_str() {
+        "parquet" => return Err(unsupported("a Parquet file")),
+        "arrow" | "feather" => return Err(unsupported("an Arrow file")),
+        "gz" | "zst" | "xz" | "bz2" | "zip" => return Err(unsupported("compressed")),
+        "xlsx" | "xls" | "ods" => return Err(unsupported("a spreadsheet")),
+        _ => {}
+    }
+    let metadata = std::fs::metadata(path).map_err(read_error)?;
+    if metadata.is_dir() {
+        return Err(unsupported("a directory"));
+    }
+    if !metadata.is_file() {
+        return Err(unsupported("not a regular file"));
+    }
+    File::open(path).map_err(read_error)
+}
+
 /// SHA-256 of a whole file.
 pub(super) fn hash_file(path: &Path) -> Result<[u8; 32], SourceError> {
     let read_error = |source| SourceError::Read { path: path.into(), source };
-    let mut file = File::open(path).map_err(read_error)?;
+    let mut file = open_rows(path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {

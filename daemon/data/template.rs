@@ -40,6 +40,10 @@ pub(super) enum Date {
     Today,
 }
 
+/// Instructions that one rendering may take: a conversation of a thousand turns takes about one in a hundred of them, a
+/// template that never ends a few seconds.
+const FUEL: u64 = 50_000_000;
+
 /// Why a template could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
@@ -75,6 +79,7 @@ impl ChatTemplate {
     pub fn compile(source: &str, special: &[(String, String)]) -> Result<Self, TemplateError> {
         let (source, has_generation) = rewrite_generation_tags(source);
         let mut env = Environment::new();
+        env.set_fuel(Some(FUEL));
         env.set_syntax(
             minijinja::syntax::SyntaxConfig::builder()
                 .trim_blocks(true)
@@ -198,7 +203,9 @@ fn rewrite_generation_tags(source: &str) -> (String, bool) {
 
 /// `(whitespace control on the left, mark, on the right, bytes of the tag)` when `tag` starts with a generation tag.
 fn parse_generation_tag(tag: &str) -> Option<(&str, char, &str, usize)> {
-    let inner = &tag[2..tag.find("%}")?];
+    // `{%}` has its end inside its beginning: look behind the two characters that open the tag.
+    let inner = &tag[2..];
+    let inner = &inner[..inner.find("%}")?];
     let left = if inner.starts_with(['-', '+']) { &inner[..1] } else { "" };
     let inner_rest = &inner[left.len()..];
     let right = if inner_rest.ends_with(['-', '+']) { &inner_rest[inner_rest.len() - 1..] } else { "" };

@@ -134,6 +134,13 @@ impl ChatTokenizer {
         add_special_tokens(&mut inner, &special, &config, &map).map_err(&invalid)?;
 
         let post = inner.get_post_processor().cloned();
+        if let Some(post) = &post
+            && let Some(token) = serde_json::to_value(post).ok().as_ref().and_then(undefined_special_token)
+        {
+            return Err(invalid(format!(
+                "the post-processor inserts {token:?}, which is not among its special_tokens: add it there"
+            )));
+        }
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
         let (template_text, tool_template_text) = templates(model_dir, &config, &config_path)?;
@@ -166,6 +173,7 @@ impl ChatTokenizer {
             control: Control::default(),
             probe: Probe::default(),
         };
+        tokenizer.tokenizer_hash = tokenizer.hash_everything();
         tokenizer.probe = tokenizer.learn_probe();
         tokenizer.control = Control::new(
             tokenizer
@@ -189,9 +197,20 @@ impl ChatTokenizer {
         hex(&hash.finalize())
     }
 
-    /// SHA-256 of `tokenizer.json`, in hex.
+    /// SHA-256 over everything but the template that can change a token, in hex: `tokenizer.json`, and what the other
+    /// files say of special, added and end tokens.
     pub fn tokenizer_hash(&self) -> String {
         hex(&self.tokenizer_hash)
+    }
+
+    /// See [`Self::tokenizer_hash`]; until it is called the field holds the hash of `tokenizer.json` alone.
+    fn hash_everything(&self) -> [u8; 32] {
+        let mut added: Vec<_> = self.inner.get_added_tokens_decoder().into_iter().collect();
+        added.sort_unstable_by_key(|(id, _)| *id);
+        let mut hash = Sha256::new();
+        hash.update(self.tokenizer_hash);
+        hash.update(json!({ "special": self.special, "eos": self.eos_ids, "added": added }).to_string());
+        hash.finalize().into()
     }
 
     /// Everything that can change a token: tokenizer, template, special tokens, what goes around a text.
@@ -494,4 +513,17 @@ fn generation_eos(path: &Path) -> Result<Vec<u32>, TokenizerError> {
 /// Lower-case hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A special token that a template post-processor inserts without defining it (the library would panic on it).
+fn undefined_special_token(post: &Json) -> Option<String> {
+    if let Some(inner) = post.get("processors").and_then(Json::as_array) {
+        return inner.iter().find_map(undefined_special_token);
+    }
+    let defined = post.get("special_tokens").and_then(Json::as_object)?;
+    let pieces = ["single", "pair"].into_iter().filter_map(|key| post.get(key)?.as_array()).flatten();
+    pieces
+        .filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str())
+        .find(|id| !defined.contains_key(*id))
+        .map(str::to_owned)
 }

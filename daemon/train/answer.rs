@@ -164,7 +164,7 @@ fn adapter_of(
     let modules: Vec<Module> =
         Module::ALL.into_iter().filter(|m| found.target_modules.iter().any(|t| t == m.name())).collect();
     let layers = found.layers_to_transform.as_deref();
-    let range = layers.and_then(|layers| Some((*layers.iter().min()?, layers.iter().max()? + 1)));
+    let range = layers.and_then(|layers| Some((*layers.iter().min()?, layers.iter().max()?.checked_add(1)?)));
     if let Some((_, last)) = range
         && last > config.layers
     {

@@ -255,9 +255,7 @@ pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     let eval =
         data.eval.as_ref().map_or(0, |rows| (0..rows.len()).map(|i| rows.row_len(i)).max().unwrap_or(0));
     let longest = longest.max(eval).min(spec.data.sequence_length);
-    let eval_rows = data.eval.as_ref().map_or(0, |rows| rows.len());
-    // No micro-batch has more sequences than there are rows.
-    let n = spec.train.micro_batch_size.min(data.train.len().max(eval_rows)).max(1);
+    let n = spec.train.micro_batch_size;
     if !spec.data.packing {
         return MicroBatch { tokens: n * longest, labelled: n * longest, longest };
     }
@@ -336,8 +334,17 @@ pub fn memory_plan<B: Backend>(spec: &Spec, backend: &B, prepared: &Prepared) ->
 
 /// Memory that the kernel thinks can be taken without swapping.
 pub fn available_memory() -> Option<Bytes> {
+    memory_line("MemAvailable:")
+}
+
+/// Memory of the machine.
+pub fn total_memory() -> Option<Bytes> {
+    memory_line("MemTotal:")
+}
+
+fn memory_line(name: &str) -> Option<Bytes> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| Bytes(kib << 10))
 }
 
@@ -393,8 +400,12 @@ pub fn count_steps(spec: &Spec, rows: &TokenRows) -> StepCount {
             epoch,
         )
     };
-    let steps_of = |epoch| (plan(epoch).len() as u64).div_ceil(per_step).max(1);
+    let steps_in = |plan: &EpochPlan| (plan.len() as u64).div_ceil(per_step).max(1);
     let first = plan(0);
+    let steps_of_first = steps_in(&first);
+    // Without packing all epochs are alike; with it they differ by a sequence or two.
+    let steps_of =
+        |epoch| if spec.data.packing && epoch > 0 { steps_in(&plan(epoch)) } else { steps_of_first };
     let tokens_per_epoch =
         (0..rows.len()).map(|i| rows.row_len(i).min(spec.data.sequence_length) as u64).sum::<u64>();
     let (mut total, mut epochs) = (0, 0.0);
@@ -403,19 +414,23 @@ pub fn count_steps(spec: &Spec, rows: &TokenRows) -> StepCount {
             let mut epoch = 0;
             let mut left = max;
             while left > 0 {
-                // Without packing or shuffling epochs are alike: no need to plan each of them.
-                let steps = if spec.data.packing && epoch < 64 { steps_of(epoch) } else { steps_of(0) };
+                let steps = steps_of(epoch);
                 let taken = left.min(steps);
                 epochs += taken as f64 / steps as f64;
                 left -= taken;
                 epoch += 1;
+                if epoch == 64 {
+                    // Only the number shown to people hangs on it: not worth planning thousands of epochs.
+                    epochs += left as f64 / steps_of_first as f64;
+                    left = 0;
+                }
             }
             total = max;
         }
         None => {
             let whole = spec.train.num_epochs.floor() as u64;
             for epoch in 0..whole {
-                total += if spec.data.packing { steps_of(epoch) } else { steps_of(0) };
+                total += steps_of(epoch);
             }
             let rest = spec.train.num_epochs - whole as f64;
             if rest > 0.0 {

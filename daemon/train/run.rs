@@ -34,6 +34,23 @@ use serde::Serialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+/// The spec with its defaults, beside the results.
+const RESOLVED_SPEC: &str = "spec.resolved.toml";
+
+/// The keys in which `spec` differs from the one that `output` holds, in words; empty where none can be read.
+fn changes_since(output: &Path, spec: &Spec) -> String {
+    let path = output.join(RESOLVED_SPEC);
+    let before = std::fs::read_to_string(&path)
+        .ok()
+        .and_then(|text| Spec::parse(&text, &path.display().to_string(), output, &[]).ok());
+    let differences = before.map(|before| before.differences(spec)).unwrap_or_default();
+    if differences.is_empty() {
+        String::new()
+    } else {
+        format!("\n  in the spec: {}", differences.join("; "))
+    }
+}
+
 /// Where a run reads and writes.
 #[derive(Clone, Debug)]
 pub struct RunPaths {
@@ -49,6 +66,14 @@ pub enum RunError {
     /// Nothing was trained.
     #[error(transparent)]
     Prepare(#[from] PrepareError),
+    /// The machine does not have the memory. Nothing was written.
+    #[error("the run takes {needed}, the machine has {total}: `finetuned plan` says what would fit")]
+    TooLarge {
+        /// What the plan says.
+        needed: Bytes,
+        /// What there is.
+        total: Bytes,
+    },
     /// The output directory is in use.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -62,12 +87,14 @@ pub enum RunError {
         output: PathBuf,
     },
     /// The checkpoint was made from something else.
-    #[error("cannot resume {checkpoint}: {mismatch}", checkpoint = .checkpoint.display())]
+    #[error("cannot resume {checkpoint}: {mismatch}{differences}", checkpoint = .checkpoint.display())]
     Changed {
         /// The checkpoint.
         checkpoint: PathBuf,
         /// What differs.
         mismatch: IdentityMismatch,
+        /// The keys of the spec that differ, with both values, as a line of its own.
+        differences: String,
     },
     /// The checkpoint's tensors are not those of this run.
     #[error("cannot resume {checkpoint}: {why}", checkpoint = .checkpoint.display())]
@@ -187,6 +214,9 @@ pub fn run(
     let quarantine = paths.output.join("quarantine.jsonl");
     let prepared = prepare::prepare(spec, &paths.cache, Some(&quarantine), observer)?;
     let plan = prepare::memory_plan(spec, &backend, &prepared);
+    if let Some(total) = prepare::total_memory().filter(|total| plan.total() > *total) {
+        return Err(RunError::TooLarge { needed: plan.total(), total });
+    }
     if let Some(available) = prepare::available_memory().filter(|available| plan.total() > *available) {
         observer.observe(Event::Note(format!(
             "the run takes {}, and {available} is available: `finetuned plan` says what would fit",
@@ -194,7 +224,10 @@ pub fn run(
         )));
     }
     let store = Store::open(&checkpoints)?;
-    Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?.drive(gate, observer, clock)
+    let run = Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?;
+    // Only now: a spec that a resume refuses must not replace the one that the results come from.
+    checkpoint::atomic_write(&paths.output.join(RESOLVED_SPEC), spec.to_toml().as_bytes())?;
+    run.drive(gate, observer, clock)
 }
 
 /// A run in progress.
@@ -216,12 +249,11 @@ struct Run<'a, B: Backend> {
     plan: EpochPlan,
     /// Step of the latest evaluation.
     evaluated: Option<u64>,
-    /// Position of the latest commit, `(step, micro_step)`.
-    committed: Option<(u64, u64)>,
     last_checkpoint: Option<PathBuf>,
     last_loss: Option<f64>,
-    /// Seconds computed within the current step.
+    /// Seconds computed, and tokens, within the current step by this attempt.
     step_seconds: f64,
+    step_tokens: u64,
 }
 
 impl<'a, B: Backend> Run<'a, B> {
@@ -272,13 +304,21 @@ impl<'a, B: Backend> Run<'a, B> {
         let metrics_path = paths.output.join("metrics.jsonl");
         let (state, metrics, last_checkpoint) = match found {
             Some((path, found)) => {
-                found
-                    .state
-                    .identity
-                    .check(&identity)
-                    .map_err(|mismatch| RunError::Changed { checkpoint: path.clone(), mismatch })?;
+                found.state.identity.check(&identity).map_err(|mismatch| RunError::Changed {
+                    checkpoint: path.clone(),
+                    mismatch,
+                    differences: changes_since(&paths.output, spec),
+                })?;
                 let misfit = |why| RunError::Misfit { checkpoint: path.clone(), why };
                 let layout = &trainer.layout;
+                let state = &found.state;
+                if found.gradients.is_empty() != (state.micro_step == 0)
+                    || state.sequence_index < state.micro_step
+                {
+                    return Err(misfit(
+                        "its gradients and its position within the step contradict each other".into(),
+                    ));
+                }
                 let order = |tensors: &[_]| prepare::in_layout_order(layout, tensors).map_err(misfit);
                 let (parameters, m, v) =
                     (order(&found.parameters)?, order(&found.adam_m)?, order(&found.adam_v)?);
@@ -309,7 +349,6 @@ impl<'a, B: Backend> Run<'a, B> {
         let evaluated = last_evaluation(&state);
         let last_loss =
             state.log_history.iter().rev().find_map(|entry| entry.get("loss").and_then(|l| l.as_f64()));
-        let committed = last_checkpoint.as_ref().map(|_| (state.step, state.micro_step));
         Ok(Self {
             spec,
             output: &paths.output,
@@ -325,10 +364,10 @@ impl<'a, B: Backend> Run<'a, B> {
             metrics,
             state,
             evaluated,
-            committed,
             last_checkpoint,
             last_loss,
             step_seconds: 0.0,
+            step_tokens: 0,
             trainer,
         })
     }
@@ -488,6 +527,7 @@ impl<'a, B: Backend> Run<'a, B> {
             state.sequence_index = to as u64;
             state.micro_step = (to - first) as u64;
             self.step_seconds += seconds;
+            self.step_tokens += found.tokens;
             observer.observe(Event::MicroStep {
                 step: state.step,
                 done: to - first,
@@ -519,12 +559,13 @@ impl<'a, B: Backend> Run<'a, B> {
             grad_norm: update.grad_norm,
             learning_rate: update.learning_rate,
             tokens,
-            tokens_per_second: tokens as f64 / self.step_seconds.max(1e-9),
+            tokens_per_second: self.step_tokens as f64 / self.step_seconds.max(1e-9),
         };
         self.state.loss_sum = 0.0;
         self.state.labelled = 0;
         self.state.tokens_in_step = 0;
         self.step_seconds = 0.0;
+        self.step_tokens = 0;
         self.last_loss = Some(record.loss);
         self.state.log_history.push(serde_json::json!({
             "epoch": record.epoch,
@@ -584,7 +625,6 @@ impl<'a, B: Backend> Run<'a, B> {
             adam_v: borrow(&names, &shapes, &v),
             gradients: borrow(&names, &shapes, &gradients),
         })?;
-        self.committed = Some((self.state.step, self.state.micro_step));
         self.last_checkpoint = Some(path.clone());
         checkpoint::atomic_write(&self.output.join("trainer_state.json"), self.trainer_state().as_bytes())?;
         self.store.prune(self.spec.train.keep_checkpoints.max(1), self.state.best_step)?;
@@ -618,15 +658,30 @@ impl<'a, B: Backend> Run<'a, B> {
         let s = &self.state;
         let layout = &self.trainer.layout;
         // The best adapter where there is held-out data to tell, else the last.
-        let adapter_step = s.best_step.unwrap_or(s.step);
-        let values = if adapter_step == s.step {
-            let backend = &self.trainer.decoder.backend;
-            (0..layout.tensors()).map(|i| self.trainer.adapter.read(backend, layout, i)).collect()
-        } else {
-            let best = self.store.at_step(adapter_step)?;
-            let checkpoint = self.output.join("checkpoints").join(format!("{adapter_step:08}"));
-            prepare::in_layout_order(layout, &best.parameters)
-                .map_err(|why| RunError::Misfit { checkpoint, why })?
+        let best = match s.best_step.filter(|&step| step != s.step) {
+            None => None,
+            Some(step) => match self.store.at_step(step) {
+                Ok(best) => Some((step, best)),
+                // Better the last adapter than none at all.
+                Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::File(_))) => {
+                    tracing::warn!("{error}: adapter/ is that of the last step, not of the best");
+                    None
+                }
+                Err(error) => return Err(error.into()),
+            },
+        };
+        let (adapter_step, values) = match best {
+            None => {
+                let backend = &self.trainer.decoder.backend;
+                let values = (0..layout.tensors()).map(|i| self.trainer.adapter.read(backend, layout, i));
+                (s.step, values.collect::<Vec<_>>())
+            }
+            Some((step, best)) => {
+                let checkpoint = self.output.join("checkpoints").join(format!("{step:08}"));
+                let values = prepare::in_layout_order(layout, &best.parameters)
+                    .map_err(|why| RunError::Misfit { checkpoint, why })?;
+                (step, values)
+            }
         };
         let names: Vec<String> = (0..layout.tensors()).map(|i| layout.name(i)).collect();
         let shapes: Vec<[usize; 2]> = (0..layout.tensors()).map(|i| layout.shape(i)).collect();

@@ -295,3 +295,22 @@ fn bfloat16_stays_near_the_truth() {
         assert!(worst > 1e-3, "{family}: off by {worst:e} only: nothing was rounded");
     }
 }
+
+/// The gradients' very bits. When a change is meant to alter them, raise `ARITHMETIC` and write down the new hash: runs
+/// that were begun with the old arithmetic are then not continued with the new one.
+#[test]
+fn bits_are_those_of_this_arithmetic() {
+    use sha2::{Digest, Sha256};
+    let golden = Golden::load("qwen3", "nf4");
+    let decoder = golden.decoder::<f32>();
+    if !cfg!(target_arch = "x86_64") || decoder.backend.identity().contains("unfused") {
+        eprintln!("skipped: the hash was taken on x86-64 with fused multiply-add");
+        return;
+    }
+    let adapter = golden.adapter(&decoder.backend);
+    let (losses, gradients) = gradients(&golden, &decoder, &adapter, &golden.sequences("rows"), false);
+    let mut hash = Sha256::new();
+    losses.iter().chain(gradients.iter().flatten()).for_each(|v| hash.update(v.to_le_bytes()));
+    let hash: String = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
+    assert_eq!((finetuned::backend::cpu::ARITHMETIC, hash.as_str()), (1, "6717761192a5cfdc"));
+}

@@ -22,7 +22,7 @@ use std::ops::Range;
 pub const DEPTH: usize = 256;
 
 /// A last block of up to this many is joined to the one before it: for so few products a pass over C is not worth it.
-/// An inner size plus a LoRA rank takes no more passes than the inner size alone.
+/// So an inner size that is a multiple of [`DEPTH`] plus a LoRA rank of up to 32 takes no pass more than without.
 const JOINED: usize = 32;
 
 /// Depth of the deepest block.
@@ -280,7 +280,7 @@ impl<'a, T: Real> Output<'a, T> {
 }
 
 thread_local! {
-    /// Packed panels, one pair a thread and element width, kept for the life of the thread.
+    /// Packed panels, one pair a thread, kept for the life of the thread.
     static PANELS: RefCell<(Vec<u64>, Vec<u64>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 

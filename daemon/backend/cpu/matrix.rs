@@ -56,7 +56,7 @@ impl CpuMatrix {
 pub struct ByRows<'a>(&'a CpuMatrix);
 
 thread_local! {
-    /// Rows of one panel before they are transposed: at most 32 × 256 elements (64 KiB of f64).
+    /// Rows of one panel before they are transposed or dealt out to tiles: at most 32 × 288 elements.
     static ROWS: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 

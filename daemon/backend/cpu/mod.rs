@@ -16,7 +16,6 @@ mod loss;
 mod matrix;
 mod team;
 
-pub use loss::chunk as loss_chunk;
 pub use matrix::CpuMatrix;
 
 use super::{
@@ -28,21 +27,17 @@ use real::Real;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, OnceLock};
 
-/// Makes a pool of `threads` (0: one a core) the one that all products use. The calling thread is one of them: a
-/// product it asks for starts at once, without waking another thread to ask.
-///
-/// # Errors
-/// When a pool is in use already.
-pub fn use_threads(threads: usize) -> Result<(), rayon::ThreadPoolBuildError> {
-    rayon::ThreadPoolBuilder::new().use_current_thread().num_threads(threads).build_global()
-}
+/// Number of the arithmetic: raised by hand with every change of the order or the formula of a sum, of a polynomial, or of
+/// the dropout generator. A checkpoint made with another number is not continued: its result would be that of neither.
+/// `bits_are_those_of_this_arithmetic` in `tests/engine/golden.rs` fails when the bits change and this does not.
+pub const ARITHMETIC: u32 = 1;
 
 /// The CPU backend, computing in `T`.
 pub struct Cpu<T: Real> {
     /// Round every stored activation, and every operand of a product, to bfloat16 (sums stay in `T`): the arithmetic
     /// of the CUDA backend, for comparison with it.
     bf16: bool,
-    /// Buffers between uses: one step after the first, none is allocated any more.
+    /// Buffers between uses; they grow to what the longest batch needs.
     free: Mutex<Vec<Vec<T>>>,
 }
 
@@ -137,7 +132,7 @@ impl<T: Real> Backend for Cpu<T> {
         let compute = if self.bf16 { "bfloat16" } else { T::NAME };
         // Without fused multiply-add a product rounds twice per term: other bits.
         let fused = cfg!(target_arch = "aarch64") || simd::isa() != simd::Isa::Baseline;
-        format!("cpu {compute}{}", if fused { "" } else { " unfused" })
+        format!("cpu {compute} arithmetic {ARITHMETIC}{}", if fused { "" } else { " unfused" })
     }
 
     fn activation_size(&self) -> usize {
@@ -157,8 +152,8 @@ impl<T: Real> Backend for Cpu<T> {
         // The vocabulary: the logits of a chunk, and their packed copy, a piece at a time.
         let rows = loss::chunk(s.vocabulary).min(s.labelled);
         let logits = rows * (s.vocabulary + gemm::MAX_PACKED_DEPTH.min(s.vocabulary));
-        // Buffers go back to a free list and serve again, so the phases overlay: the largest of each kind counts.
-        ((packed + panels + attention.max(logits) + attention.min(logits)) * size_of::<T>()) as u64
+        // Buffers are kept between uses, each kind at its largest.
+        ((packed + panels + attention + logits) * size_of::<T>()) as u64
     }
 
     /// The logits are by far the largest piece of scratch, and differ in size from batch to batch: growing them would

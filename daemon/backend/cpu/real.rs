@@ -48,8 +48,6 @@ pub trait Real:
     fn larger(self, other: Self) -> Self;
     /// Nearest bfloat16 (ties to even); the identity for the oracle, which has no low precision.
     fn round_bf16(self) -> Self;
-    /// Whether the value is neither infinite nor NaN.
-    fn is_finite(self) -> bool;
 
     /// Geometry of the register tile and the product of two packed panels; see [`super::gemm`].
     const TILE: super::gemm::Tile;
@@ -136,10 +134,6 @@ impl Real for f32 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
         f32::from_bits(if self.is_nan() { bits } else { rounded })
     }
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        f32::is_finite(self)
-    }
 
     const TILE: super::gemm::Tile = super::gemm::Tile { rows: 12, cols: 32 };
     #[inline]
@@ -198,10 +192,6 @@ impl Real for f64 {
     #[inline(always)]
     fn round_bf16(self) -> f64 {
         self
-    }
-    #[inline(always)]
-    fn is_finite(self) -> bool {
-        f64::is_finite(self)
     }
 
     const TILE: super::gemm::Tile = super::gemm::Tile { rows: 4, cols: 8 };

@@ -47,6 +47,8 @@ struct Shared {
 }
 
 struct Team {
+    /// Threads asked for, the caller included; there are fewer where the system gave fewer.
+    size: usize,
     shared: Arc<Shared>,
     members: Vec<JoinHandle<()>>,
 }
@@ -73,7 +75,7 @@ pub fn run<F: Fn(usize) + Sync>(tasks: usize, task: F) {
         return;
     }
     TEAM.with_borrow_mut(|team| {
-        if team.as_ref().is_none_or(|team| team.members.len() + 1 != size) {
+        if team.as_ref().is_none_or(|team| team.size != size) {
             *team = None; // ends the old members first
             *team = Some(Team::new(size));
         }
@@ -103,7 +105,7 @@ impl Team {
                 std::thread::Builder::new().name(name).spawn(move || shared.serve()).ok()
             })
             .collect();
-        Self { shared, members }
+        Self { size, shared, members }
     }
 
     fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: &F) {
@@ -115,13 +117,14 @@ impl Team {
         let mut job = Job { data: std::ptr::from_ref(task).cast(), call: call::<F>, tasks };
         shared.job.store(&mut job, Ordering::Relaxed);
         shared.next.store(0, Ordering::Relaxed);
+        shared.panicked.store(false, Ordering::Relaxed);
         let generation = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        let closing = Closing(shared);
         shared.state.store(generation << 32 | OPEN, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             let _guard = shared.lock.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        let closing = Closing(shared);
         shared.work(job);
         drop(closing);
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a task of a parallel section panicked");
