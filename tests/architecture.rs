@@ -239,6 +239,22 @@ fn a_backward_import_is_caught_in_every_spelling() {
 }
 
 #[test]
+fn unsafe_code_stands_where_the_policy_allows_it() {
+    let allowed = |file: &str| {
+        file.starts_with("backend/cpu/")
+            || ["backend/nf4.rs", "model/tensor_file.rs", "data/rows.rs"].contains(&file)
+    };
+    let problems: Vec<String> = files()
+        .iter()
+        .filter(|(file, _)| !allowed(file))
+        .flat_map(|(file, source)| tokens(source).into_iter().map(move |token| (file, token)))
+        .filter(|(_, token)| token.text == "unsafe")
+        .map(|(file, token)| format!("daemon/{file}:{}: unsafe, see docs/architecture.md", token.line))
+        .collect();
+    assert_none(&problems);
+}
+
+#[test]
 fn every_file_begins_by_saying_what_it_is() {
     let problems: Vec<String> = files()
         .iter()

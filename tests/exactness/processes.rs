@@ -71,7 +71,7 @@ fn sigint_and_sigterm() {
         let output = shared().output();
         let output = output.path();
         let mut child = start(output, &[]);
-        // The spec is copied when training starts: from here on a signal means a checkpoint.
+        // The submitted spec is kept when training starts. Before that a signal ends the process at once.
         while !output.join("spec.toml").exists() {
             assert!(child.try_wait().unwrap().is_none(), "it ended before it began");
             std::thread::sleep(Duration::from_millis(1));

@@ -10,10 +10,13 @@ use std::path::Path;
 fn refused(spec: &Spec, output: &Path) -> Vec<&'static str> {
     let before = std::fs::read_to_string(output.join("spec.resolved.toml")).unwrap();
     let outcome = shared().run(spec, output, true, &mut Open, &mut ignore);
-    let Err(RunError::Changed { checkpoint, mismatch }) = outcome else {
+    let Err(error @ RunError::Changed { .. }) = outcome else {
         panic!("this was not refused: {outcome:?}\n{}", spec.to_toml())
     };
-    let message = RunError::Changed { checkpoint, mismatch: mismatch.clone() }.to_string();
+    let message = error.to_string();
+    let RunError::Changed { mismatch, differences, .. } = error else { unreachable!() };
+    let spec_changed = mismatch.changes.iter().any(|(what, ..)| *what == "the spec");
+    assert_eq!(spec_changed, differences.contains("in the spec: "), "{message}");
     for (what, before, now) in &mismatch.changes {
         assert_ne!(before, now);
         for part in [*what, before, now] {
