@@ -21,6 +21,9 @@ use std::ops::Range;
 /// are 32 KiB, two thirds of a 48 KiB first-level cache. Changing it changes the bits of every result.
 pub const DEPTH: usize = 256;
 
+/// Tiles of A that are worked on at a time: 32 × 12 rows at full depth are 384 KiB of f32.
+const ROW_TILES: usize = 32;
+
 /// A last block of up to this many is joined to the one before it: for so few products a pass over C is not worth it.
 /// So an inner size that is a multiple of [`DEPTH`] plus a LoRA rank of up to 32 takes no pass more than without.
 const JOINED: usize = 32;
@@ -596,11 +599,15 @@ fn multiply_tiles<T: Real>(
     accumulate: bool,
 ) {
     let Tile { rows: mr, cols: nr } = T::TILE;
-    // The tile of B stays in the first-level cache, the tiles of A stream past it.
-    for (j, b) in cols.zip(pb.chunks_exact(nr * depth)) {
-        for i in rows.clone() {
-            let a = &pa[i * a_stride..i * a_stride + mr * depth];
-            store_tile(m, n, i, j, depth, a.as_ptr(), b.as_ptr(), c, accumulate);
+    // The tile of B stays in the first-level cache while a block of A streams past it, and the block in the second while
+    // the tiles of B take turns: with a long batch all of A would come from the third every time.
+    for first in rows.clone().step_by(ROW_TILES) {
+        let block = first..(first + ROW_TILES).min(rows.end);
+        for (j, b) in cols.clone().zip(pb.chunks_exact(nr * depth)) {
+            for i in block.clone() {
+                let a = &pa[i * a_stride..i * a_stride + mr * depth];
+                store_tile(m, n, i, j, depth, a.as_ptr(), b.as_ptr(), c, accumulate);
+            }
         }
     }
 }
