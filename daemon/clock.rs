@@ -1,10 +1,12 @@
 //! The only source of time. Everything that measures or waits takes a [`Clock`], so that tests can move it.
 
-use std::time::{Duration, Instant, SystemTime};
+use rustix::time::{ClockId, clock_gettime};
+use std::time::{Duration, SystemTime};
 
 /// Monotonic time for measuring, wall-clock time for records, and waiting.
 pub trait Clock: Send + Sync {
-    /// Monotonic time since an arbitrary start.
+    /// Monotonic time since an arbitrary start that all processes of the machine share (`CLOCK_MONOTONIC`, which
+    /// stands still while the machine is suspended).
     fn monotonic(&self) -> Duration;
     /// Wall-clock time, for records only: it may jump.
     fn wall(&self) -> SystemTime;
@@ -13,26 +15,20 @@ pub trait Clock: Send + Sync {
 }
 
 /// The machine's clock.
-pub struct SystemClock {
-    start: Instant,
-}
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
 
 impl SystemClock {
-    /// A clock whose monotonic time starts now.
+    /// The machine's clock.
     pub fn new() -> Self {
-        Self { start: Instant::now() }
-    }
-}
-
-impl Default for SystemClock {
-    fn default() -> Self {
-        Self::new()
+        Self
     }
 }
 
 impl Clock for SystemClock {
     fn monotonic(&self) -> Duration {
-        self.start.elapsed()
+        let now = clock_gettime(ClockId::Monotonic);
+        Duration::new(now.tv_sec.max(0) as u64, now.tv_nsec as u32)
     }
     fn wall(&self) -> SystemTime {
         SystemTime::now()

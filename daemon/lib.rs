@@ -24,5 +24,13 @@ pub mod checkpoint;
 // The training loop.
 pub mod train;
 
+// Runs as a service: the process that computes, what decides when, the runs, and their face on D-Bus.
+pub mod bus;
+pub mod runs;
+pub mod scheduler;
+pub mod service;
+pub mod worker;
+
 // What a person types.
 pub mod cli;
+pub mod ctl;

@@ -1,36 +1,110 @@
 //! The closed list of reasons why a run is not training. A reason is a stable word: it appears in metrics, journals
 //! and on the bus, and scripts may match on it. Readers tolerate words they do not know.
 
+use serde::de::{self, Deserialize, Deserializer};
+use serde::ser::{Serialize, Serializer};
 use std::fmt;
 
-/// Why a run waits, is paused, or ended early.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $word:literal,)*) => {
+        /// Why a run waits, is paused, or ended.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Reason {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Reason {
+            /// Every reason, in the order of the documentation.
+            pub const ALL: &[Reason] = &[$(Reason::$name,)*];
+
+            /// The stable word.
+            pub fn word(self) -> &'static str {
+                match self {
+                    $(Reason::$name => $word,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
     /// A person asked: a signal in the foreground, a call on the bus.
-    User,
+    User = "user",
+    /// Somebody holds an inhibitor.
+    Inhibited = "inhibited",
+    /// A run with a higher priority has the device.
+    Preempted = "preempted",
+    /// The worker failed; the next attempt comes after a pause.
+    Backoff = "backoff",
+    /// The daemon starts again after it, or the machine, went down.
+    DaemonRestart = "daemon-restart",
+    /// The daemon or the machine is going down.
+    Shutdown = "shutdown",
+    /// The worker no longer hears from the daemon.
+    DaemonLost = "daemon-lost",
     /// Held-out loss stopped improving.
-    EarlyStopping,
-    /// Loss or gradient was not finite.
-    Diverged,
+    EarlyStopping = "early-stopping",
+    /// Loss, gradient or adapter was not finite.
+    Diverged = "diverged",
     /// No space, or the disk refused a write.
-    Storage,
+    Storage = "storage",
+    /// The spec, the data or the model cannot be used.
+    InvalidInput = "invalid-input",
+    /// What a checkpoint was made from has changed.
+    Changed = "changed",
+    /// The run does not fit in this machine's memory.
+    DoesNotFit = "does-not-fit",
+    /// The kernel ended the worker for memory.
+    OutOfMemory = "out-of-memory",
+    /// The worker died.
+    Crashed = "crashed",
+    /// The worker went silent, or made no progress.
+    Hung = "hung",
+    /// The worker said something that the protocol does not know.
+    Protocol = "protocol",
+    /// The worker could not be started.
+    Launch = "launch",
 }
 
 impl Reason {
-    /// The stable word.
-    pub fn word(self) -> &'static str {
-        match self {
-            Reason::User => "user",
-            Reason::EarlyStopping => "early-stopping",
-            Reason::Diverged => "diverged",
-            Reason::Storage => "storage",
-        }
+    /// The reason with this word.
+    pub fn from_word(word: &str) -> Option<Reason> {
+        Reason::ALL.iter().copied().find(|reason| reason.word() == word)
     }
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())
+    }
+}
+
+impl Serialize for Reason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.word())
+    }
+}
+
+impl<'de> Deserialize<'de> for Reason {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Reason, D::Error> {
+        let word = String::deserialize(deserializer)?;
+        Reason::from_word(&word).ok_or_else(|| de::Error::custom(format!("{word:?} is no reason")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_distinct_and_read_back() {
+        for (i, &reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(Reason::from_word(reason.word()), Some(reason));
+            assert!(Reason::ALL[..i].iter().all(|other| other.word() != reason.word()), "{reason} twice");
+            assert!(reason.word().chars().all(|c| c.is_ascii_lowercase() || c == '-'), "{reason}");
+            let json = serde_json::to_string(&reason).unwrap();
+            assert_eq!(serde_json::from_str::<Reason>(&json).unwrap(), reason);
+        }
+        assert!(serde_json::from_str::<Reason>("\"bored\"").is_err());
     }
 }

@@ -35,6 +35,46 @@ impl std::iter::Sum for Bytes {
     }
 }
 
+/// Names a run for ever: twelve lower-case hexadecimal digits, drawn at random when it is submitted. Random, and not a
+/// time, so that the first two or three digits are enough for a person to name it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(transparent)]
+pub struct RunId(String);
+
+impl RunId {
+    /// Digits of an id.
+    pub const LENGTH: usize = 12;
+
+    /// The id with these digits, if they are one.
+    pub fn parse(text: &str) -> Option<RunId> {
+        let digit = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+        (text.len() == RunId::LENGTH && text.chars().all(digit)).then(|| RunId(text.to_string()))
+    }
+
+    /// The id of these 48 bits.
+    pub fn from_bits(bits: [u8; RunId::LENGTH / 2]) -> RunId {
+        RunId(bits.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for RunId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for RunId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<RunId, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        RunId::parse(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?} is no run id")))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,5 +85,15 @@ mod tests {
         assert_eq!(Bytes(1023).to_string(), "1023 B");
         assert_eq!(Bytes(1536).to_string(), "1.5 KiB");
         assert_eq!(Bytes(3 << 30).to_string(), "3.0 GiB");
+    }
+
+    #[test]
+    fn run_ids_are_twelve_digits() {
+        let id = RunId::from_bits([0, 1, 0xab, 0xff, 0x10, 9]);
+        assert_eq!(id.as_str(), "0001abff1009");
+        assert_eq!(RunId::parse("0001abff1009"), Some(id));
+        for bad in ["", "0001abff100", "0001abff10099", "0001ABFF1009", "../etc/passw", "0001abff100/"] {
+            assert_eq!(RunId::parse(bad), None, "{bad}");
+        }
     }
 }

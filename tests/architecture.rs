@@ -19,7 +19,28 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("model", &["clock", "config", "reason", "units", "backend"]),
     ("checkpoint", BASE),
     ("train", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint"]),
-    ("cli", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "train"]),
+    ("worker", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "train"]),
+    ("scheduler", BASE),
+    ("runs", &["clock", "config", "reason", "units", "checkpoint", "worker", "scheduler"]),
+    ("bus", &["clock", "config", "reason", "units", "runs"]),
+    ("service", &["clock", "config", "reason", "units", "checkpoint", "worker", "scheduler", "runs", "bus"]),
+    (
+        "cli",
+        &[
+            "clock",
+            "config",
+            "reason",
+            "units",
+            "data",
+            "backend",
+            "model",
+            "checkpoint",
+            "train",
+            "worker",
+            "service",
+        ],
+    ),
+    ("ctl", &["clock", "config", "reason", "units", "bus"]),
 ];
 
 /// What lies below everything.

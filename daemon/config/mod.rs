@@ -7,6 +7,7 @@
 //! `spec` holds the values, `document` knows TOML and where each key stands, `resolve` knows every key with its type,
 //! range and default, `render` writes a spec back and says which keys determine a result.
 
+pub mod daemon;
 mod document;
 mod render;
 mod resolve;

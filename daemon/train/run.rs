@@ -30,7 +30,7 @@ use crate::model::decoder::Decoder;
 use crate::model::memory::{self, MemoryPlan};
 use crate::reason::Reason;
 use crate::units::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -138,7 +138,7 @@ pub enum RunError {
 }
 
 /// What a finished run found, as it stands in `summary.json`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Name of the run.
     pub name: String,

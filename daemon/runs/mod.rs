@@ -1,0 +1,24 @@
+//! Runs: their states, their directories, and the task that owns them.
+//!
+//! ```text
+//!   clients ──► Runs (a handle) ──requests──► owner ──► record, journal (durable)  ──► views, changes
+//!                                              │ ▲
+//!                                   launch ──► worker (protocol)
+//! ```
+//!
+//! One task, [`owner`], owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
+//! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
+
+//pub mod inputs;
+//pub mod models;
+pub mod state;
+
+//mod owner;
+//mod record;
+mod view;
+
+//pub use owner::{Options, start};
+pub use state::{Ask, Refusal, State};
+pub use view::{
+    Change, Details, Inhibition, Inhibitor, ModelView, RequestError, RunView, Runs, Status, Submission,
+};

@@ -1,0 +1,1 @@
+//! What decides which run has the device, and when.

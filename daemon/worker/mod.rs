@@ -1,0 +1,3 @@
+//! The process that computes: one per attempt of a run.
+
+pub mod protocol;
