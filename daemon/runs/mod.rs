@@ -14,7 +14,8 @@
 pub mod state;
 
 //mod owner;
-//mod record;
+mod record;
+mod session;
 mod view;
 
 //pub use owner::{Options, start};
