@@ -1,5 +1,7 @@
 //! The errors of the interface, `org.finetuned.Finetuned1.Error.*`. Their names are stable, their texts are for people.
 
+use crate::runs::{Refusal, RequestError};
+
 /// An error that a call is answered with.
 #[derive(Debug, zbus::DBusError)]
 #[zbus(prefix = "org.finetuned.Finetuned1.Error")]
@@ -43,3 +45,30 @@ pub enum Error {
 
 /// The answer to a call.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<RequestError> for Error {
+    fn from(error: RequestError) -> Error {
+        let text = error.to_string();
+        match error {
+            RequestError::NoSuchRun(_) => Error::NoSuchRun(text),
+            RequestError::Ambiguous { .. } => Error::AmbiguousRun(text),
+            RequestError::NoSuchModel(_) => Error::NoSuchModel(text),
+            RequestError::InvalidSpec(_) => Error::InvalidSpec(text),
+            RequestError::InvalidInput(_) => Error::InvalidInput(text),
+            RequestError::Refused(refusal) => match refusal {
+                Refusal::Over(_) => Error::AlreadyOver(text),
+                Refusal::AlreadyPaused => Error::AlreadyPaused(text),
+                Refusal::NotPaused(_) => Error::NotPaused(text),
+                Refusal::BeingCancelled => Error::BeingCancelled(text),
+                Refusal::NotActive(_) => Error::NotActive(text),
+                Refusal::NotOver(_) => Error::NotOver(text),
+                // Nothing that a client asks for leads there.
+                Refusal::Impossible { .. } => Error::Failed(text),
+            },
+            RequestError::Limit(_) => Error::LimitExceeded(text),
+            RequestError::Storage(_) => Error::NoSpace(text),
+            RequestError::Failed(_) => Error::Failed(text),
+            RequestError::ShuttingDown => Error::ShuttingDown(text),
+        }
+    }
+}

@@ -1,18 +1,51 @@
 //! `org.finetuned.Finetuned1.Manager`, at [`ROOT`](super::ROOT).
 
-use super::Dictionary;
-use super::authority::{Action, Authority};
+use super::authority::Action;
 use super::error::{Error, Result};
-use crate::runs::Runs;
+use super::input::{Options, name, no_options, plain, shortened};
+use super::{Context, Dictionary, run, same};
+use crate::runs::{Inhibition, Status, Submission};
 use std::collections::HashMap;
-use std::sync::Arc;
 use zbus::message::Header;
-use zbus::{Connection, OwnedFd, OwnedObjectPath, interface};
+use zbus::{Connection, OwnedFd, OwnedObjectPath, Variant, interface};
+
+/// Longest spec, in bytes.
+const MAX_SPEC: usize = 64 * 1024;
+
+/// Most files in one call; message buses pass no more descriptors by default.
+const MAX_FILES: usize = 16;
+
+/// Longest path that a spec may name, in bytes (`PATH_MAX`).
+const MAX_PATH: usize = 4096;
+
+/// Longest name of a spec, a model, a program, in bytes.
+const MAX_NAME: usize = 255;
+
+/// Longest purpose of a hold, in bytes.
+const MAX_WHY: usize = 1024;
 
 /// The object.
 pub struct Manager {
-    pub(super) runs: Runs,
-    pub(super) authority: Arc<Authority>,
+    pub(super) context: Context,
+}
+
+/// The properties that change, as they are now.
+pub(super) fn properties(status: &Status) -> Vec<(&'static str, Variant<'static>)> {
+    vec![
+        ("Device", status.device.clone().into()),
+        ("ActiveRun", run::path(status.active.as_ref()).into()),
+        ("State", status.state.into()),
+        ("Reason", status.reason.map_or("", |reason| reason.word()).into()),
+        ("UnfinishedRuns", status.unfinished.into()),
+    ]
+}
+
+/// What has changed between two statuses.
+pub(super) fn changed(before: &Status, now: &Status) -> HashMap<&'static str, Variant<'static>> {
+    let before = properties(before);
+    let mut now = properties(now);
+    now.retain(|(name, value)| !before.iter().any(|(n, v)| n == name && same(v, value)));
+    now.into_iter().collect()
 }
 
 #[interface(
@@ -36,28 +69,69 @@ impl Manager {
         files: HashMap<String, OwnedFd>,
         options: Dictionary,
     ) -> Result<OwnedObjectPath> {
-        let _ = (
-            spec,
-            files,
-            options,
-            self.authority.allow(Action::Submit, &header, connection).await?,
-            &self.runs,
-        );
-        Err(Error::Failed("not built yet".into()))
+        let caller = self.context.authority.allow(Action::Submit, &header, connection).await?;
+        if spec.len() > MAX_SPEC {
+            return Err(Error::InvalidSpec(format!(
+                "the spec has {} bytes: {MAX_SPEC} is the most that is taken",
+                spec.len()
+            )));
+        }
+        if files.len() > MAX_FILES {
+            return Err(Error::InvalidInput(format!(
+                "{} files were passed: {MAX_FILES} is the most that one call takes; pass a directory, or add the \
+                 model with AddModel and name it in the spec",
+                files.len()
+            )));
+        }
+        let mut options = Options::new(options);
+        let spec_name = options.take::<String>("spec-name")?.unwrap_or_default();
+        let priority = options.take::<i32>("priority")?.unwrap_or(0);
+        let hold = options.take::<bool>("hold")?.unwrap_or(false);
+        options.finish()?;
+        let spec_name = plain("the option \"spec-name\"", spec_name, MAX_NAME)?;
+        let mut named = Vec::with_capacity(files.len());
+        for (path, file) in files {
+            named.push((name("the path of a file", path, MAX_PATH)?, file.into()));
+        }
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let submission =
+            Submission { spec, spec_name, files: named, owner: caller.uid, priority, hold };
+        let id = self.context.runs.submit(submission).await?;
+        // The caller may use the object at once, on this connection.
+        run::export(connection, &self.context, &id).await?;
+        Ok(run::path(Some(&id)))
     }
 
     /// All runs, oldest first, each with the properties of the Run interface and `Path` (o). Options: `unfinished` (b).
     #[zbus(out_args("runs"))]
     async fn list_runs(&self, options: Dictionary) -> Result<Vec<Dictionary>> {
-        let _ = options;
-        Err(Error::Failed("not built yet".into()))
+        let mut options = Options::new(options);
+        let unfinished = options.take::<bool>("unfinished")?.unwrap_or(false);
+        options.finish()?;
+        let views = self.context.runs.views();
+        let mut listed = Vec::with_capacity(views.len());
+        for view in views.iter().filter(|view| !(unfinished && view.state.is_over())) {
+            let mut entry = Dictionary::new();
+            entry.insert("Path".into(), Variant::from(run::path(Some(&view.id))).try_into_owned()?);
+            for (name, value) in run::properties(view) {
+                entry.insert(name.into(), value.try_into_owned()?);
+            }
+            listed.push(entry);
+        }
+        Ok(listed)
     }
 
     /// The run with this id, this beginning of an id, or this name.
     #[zbus(out_args("run"))]
-    async fn find_run(&self, name: String) -> Result<OwnedObjectPath> {
-        let _ = name;
-        Err(Error::Failed("not built yet".into()))
+    async fn find_run(
+        &self,
+        #[zbus(connection)] connection: &Connection,
+        name: String,
+    ) -> Result<OwnedObjectPath> {
+        let wanted = plain("the name of the run", name, MAX_NAME)?;
+        let id = self.context.runs.find(&wanted)?;
+        run::export(connection, &self.context, &id).await?;
+        Ok(run::path(Some(&id)))
     }
 
     /// Changes a run's place in the queue: higher goes first.
@@ -68,8 +142,10 @@ impl Manager {
         run: OwnedObjectPath,
         priority: i32,
     ) -> Result<()> {
-        let _ = (header, connection, run, priority);
-        Err(Error::Failed("not built yet".into()))
+        let id = run::id(&run)?;
+        let owner = self.context.runs.view(&id)?.owner;
+        self.context.authority.allow_run(owner, &header, connection).await?;
+        Ok(self.context.runs.set_priority(&id, priority).await?)
     }
 
     /// Holds all training until every copy of the returned descriptor is closed. `what` is `run`; `who` and `why` are
@@ -84,20 +160,45 @@ impl Manager {
         why: String,
         options: Dictionary,
     ) -> Result<OwnedFd> {
-        let _ = (header, connection, what, who, why, options);
-        Err(Error::Failed("not built yet".into()))
+        let caller = self.context.authority.allow(Action::Inhibit, &header, connection).await?;
+        no_options(options)?;
+        if what != "run" {
+            return Err(Error::InvalidInput(format!(
+                "{:?} cannot be inhibited: only \"run\" can",
+                shortened(&what)
+            )));
+        }
+        let who = name("the argument \"who\"", who, MAX_NAME)?;
+        let why = name("the argument \"why\"", why, MAX_WHY)?;
+        let inhibition = Inhibition { who, why, owner: caller.uid, sender: caller.sender };
+        Ok(self.context.runs.inhibit(inhibition).await?.into())
     }
 
     /// The holds in force: who, why, uid, since (microseconds since 1970).
     #[zbus(out_args("inhibitors"))]
     async fn list_inhibitors(&self) -> Result<Vec<(String, String, u32, u64)>> {
-        Err(Error::Failed("not built yet".into()))
+        let inhibitors = self.context.runs.inhibitors();
+        Ok(inhibitors.into_iter().map(|held| (held.who, held.why, held.owner, held.since_us)).collect())
     }
 
     /// The registered models: `Name` (s), `Directory` (s), `Bytes` (t), `Architecture` (s).
     #[zbus(out_args("models"))]
     async fn list_models(&self) -> Result<Vec<Dictionary>> {
-        Err(Error::Failed("not built yet".into()))
+        let mut listed = Vec::new();
+        for model in self.context.runs.models() {
+            let entry: [(&str, Variant); 4] = [
+                ("Name", model.name.into()),
+                ("Directory", model.directory.into()),
+                ("Bytes", model.bytes.into()),
+                ("Architecture", model.architecture.into()),
+            ];
+            let mut listing = Dictionary::new();
+            for (name, value) in entry {
+                listing.insert(name.into(), value.try_into_owned()?);
+            }
+            listed.push(listing);
+        }
+        Ok(listed)
     }
 
     /// Copies a model directory, opened by the caller, to the registered ones.
@@ -109,8 +210,11 @@ impl Manager {
         directory: OwnedFd,
         options: Dictionary,
     ) -> Result<()> {
-        let _ = (header, connection, name, directory, options);
-        Err(Error::Failed("not built yet".into()))
+        self.context.authority.allow(Action::Configure, &header, connection).await?;
+        no_options(options)?;
+        let model = self::name("the name of the model", name, MAX_NAME)?;
+        self.context.runs.add_model(model, directory.into()).await?;
+        Ok(())
     }
 
     /// Removes a model that was added and that no unfinished run uses.
@@ -120,8 +224,9 @@ impl Manager {
         #[zbus(connection)] connection: &Connection,
         name: String,
     ) -> Result<()> {
-        let _ = (header, connection, name);
-        Err(Error::Failed("not built yet".into()))
+        self.context.authority.allow(Action::Configure, &header, connection).await?;
+        let model = self::name("the name of the model", name, MAX_NAME)?;
+        Ok(self.context.runs.remove_model(model).await?)
     }
 
     /// Version of the daemon.
@@ -133,31 +238,31 @@ impl Manager {
     /// What is computed on, in words; empty before the first worker has said so.
     #[zbus(property)]
     fn device(&self) -> String {
-        self.runs.status().device
+        self.context.runs.status().device
     }
 
     /// The run that has the device; `/` when none has.
     #[zbus(property)]
     fn active_run(&self) -> OwnedObjectPath {
-        super::run::path(self.runs.status().active.as_ref())
+        super::run::path(self.context.runs.status().active.as_ref())
     }
 
     /// `idle`, `active`, `waiting` or `stopping`.
     #[zbus(property)]
     fn state(&self) -> String {
-        self.runs.status().state.into()
+        self.context.runs.status().state.into()
     }
 
     /// Why nothing trains although there is something to train: a word of the closed list; empty when it does not
     /// apply.
     #[zbus(property)]
     fn reason(&self) -> String {
-        self.runs.status().reason.map_or("", |reason| reason.word()).into()
+        self.context.runs.status().reason.map_or("", |reason| reason.word()).into()
     }
 
     /// Runs that are not over.
     #[zbus(property)]
     fn unfinished_runs(&self) -> u32 {
-        self.runs.status().unfinished
+        self.context.runs.status().unfinished
     }
 }

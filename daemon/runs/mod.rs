@@ -9,8 +9,9 @@
 //! One task, [`owner`], owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
 //! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
 
-//pub mod inputs;
-//pub mod models;
+mod copy;
+pub mod inputs;
+pub mod models;
 pub mod state;
 
 //mod owner;

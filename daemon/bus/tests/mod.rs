@@ -1,0 +1,1 @@
+//! Tests of the bus over a pair of connections.
