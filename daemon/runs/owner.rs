@@ -310,6 +310,9 @@ impl Owner {
                 Some(error) => drop(reply.send(Err(error))),
                 None => self.change_models(reply, move |models, _| models.remove(&name)),
             },
+            Command::Configure(config, reply) => {
+                let _ = reply.send(self.configure(*config));
+            }
             Command::Shutdown(reason, done) => self.shutdown(reason, done).await,
         }
     }
@@ -640,6 +643,21 @@ impl Owner {
         )))
     }
 
+    /// Takes over what can change while runs are there: limits, the worker's figures (for the next attempt), the
+    /// directories of models.
+    fn configure(&mut self, config: DaemonConfig) -> Result<(), RequestError> {
+        let others = config.storage.model_directories.clone();
+        let models = Models::open(self.layout.models(), others)?;
+        self.handle.board().models = models.list();
+        self.models = Arc::new(models);
+        let launch = std::mem::replace(&mut self.options.config.worker, config.worker).launch;
+        self.options.config.worker.launch = launch;
+        self.options.config.limits = config.limits;
+        self.options.config.storage.model_directories = config.storage.model_directories;
+        self.tell(Change::Status);
+        Ok(())
+    }
+
     async fn shutdown(&mut self, reason: Reason, done: oneshot::Sender<()>) {
         match &mut self.stopping {
             Some((_, waiting)) => waiting.push(done),
@@ -709,7 +727,10 @@ impl Owner {
                 if started.resumed {
                     run.record.figures.checkpoint_step = Some(started.step);
                 }
-                self.happened(id, Event::Training).await;
+                // One that was told to stop while it prepared may have been prepared before it heard.
+                if run.record.condition.state == State::Preparing {
+                    self.happened(id, Event::Training).await;
+                }
             }
             Report::Step(step) => {
                 figures.step = step.step;
@@ -741,6 +762,16 @@ impl Owner {
                 self.show(id, Change::Figures(id.clone()));
                 self.write_figures(id, false).await;
             }
+            Report::Refused { request, why } => {
+                if let Some(active) = &mut self.active {
+                    let refused = || RequestError::Failed(why);
+                    if let Some(reply) = active.evaluations.remove(&request) {
+                        let _ = reply.send(Err(refused()));
+                    } else if let Some(reply) = active.checkpoints.remove(&request) {
+                        let _ = reply.send(Err(refused()));
+                    }
+                }
+            }
             Report::Note { text } => {
                 tracing::info!(RUN_ID = %id, "{text}");
                 self.note(id, Kind::Note, text).await;
@@ -769,6 +800,10 @@ impl Owner {
             }
             Ended::Finished(Finished::Stopped { reason }) => {
                 run.record.fruitless = 0;
+                if !saving {
+                    // Nobody here told it to: it lost sight of us for a while, or the system ends it.
+                    run.not_before = Some(Instant::now() + self.options.config.worker.backoff);
+                }
                 self.happened(id, if saving { Event::Saved } else { Event::Lost(reason) }).await;
             }
             Ended::Failed { reason, message, retry } => {
@@ -799,7 +834,7 @@ impl Owner {
             }
         }
         if let Some((_, waiting)) = &mut self.stopping {
-            waiting.drain(..).for_each(|done| drop(done.send(())));
+            waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
         }
     }
 
@@ -831,7 +866,7 @@ impl Owner {
             if self.active.is_none()
                 && let Some((_, waiting)) = &mut self.stopping
             {
-                waiting.drain(..).for_each(|done| drop(done.send(())));
+                waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
             }
             return self.show_status();
         }
@@ -1122,7 +1157,8 @@ impl Owner {
             }
         }
         let active = self.active.as_ref().map(|active| active.id.clone());
-        let parked = self.active.as_ref().is_some_and(|active| active.parked.is_some());
+        let parked = active.as_ref().and_then(|id| self.runs.get(id));
+        let parked = parked.is_some_and(|run| run.record.condition.state == State::Waiting);
         let (state, reason) = match &self.stopping {
             Some((reason, _)) => ("stopping", Some(*reason)),
             None if active.is_some() && !parked => ("active", None),
