@@ -3,6 +3,7 @@
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
 //!   run, plan, generate, demo, data, spec      the commands
+//!   worker      what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
@@ -18,6 +19,7 @@ mod plan;
 mod progress;
 mod run;
 mod spec;
+mod worker;
 
 use clap::{Parser, Subcommand};
 use exit::{EXIT_CODES, Exit, Failure};
@@ -70,6 +72,9 @@ Example:
     /// Look at a spec
     #[command(subcommand)]
     Spec(spec::SpecCommand),
+    /// Train for the daemon at standard input
+    #[command(hide = true)]
+    Worker(worker::WorkerArguments),
 }
 
 /// Runs the command line.
@@ -93,5 +98,6 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Demo(arguments) => demo::command(arguments),
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
+        Command::Worker(arguments) => worker::command(arguments),
     }
 }
