@@ -2,12 +2,13 @@
 //!
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
-//!   run, plan, generate, demo, data, spec      the commands
+//!   run, plan, generate, demo, data, spec, config      the commands
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
 
 mod arguments;
+mod config;
 mod console;
 mod data;
 mod demo;
@@ -70,6 +71,9 @@ Example:
     /// Look at a spec
     #[command(subcommand)]
     Spec(spec::SpecCommand),
+    /// Look at the daemon's configuration
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
 }
 
 /// Runs the command line.
@@ -93,5 +97,6 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Demo(arguments) => demo::command(arguments),
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
+        Command::Config(command) => config::command(command),
     }
 }
