@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
-//!   run, plan, generate, demo, data, spec      the commands
+//!   run, plan, generate, demo, data, spec, config      the commands
 //!   worker      what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
 
 mod arguments;
+mod config;
 mod console;
 mod data;
 mod demo;
@@ -75,6 +76,9 @@ Example:
     /// Train for the daemon at standard input
     #[command(hide = true)]
     Worker(worker::WorkerArguments),
+    /// Look at the daemon's configuration
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
 }
 
 /// Runs the command line.
@@ -99,5 +103,6 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
         Command::Worker(arguments) => worker::command(arguments),
+        Command::Config(command) => config::command(command),
     }
 }

@@ -130,6 +130,8 @@ const SHOWN: usize = 60;
 /// A document being read.
 pub struct Document {
     file: String,
+    /// The page that documents the keys.
+    page: &'static str,
     /// `(section, key)` to its value; a key outside every section has the section "".
     entries: BTreeMap<(String, String), Entry>,
     /// Section headers, by name, for complaints about sections that nobody knows.
@@ -141,9 +143,11 @@ pub struct Document {
 
 impl Document {
     /// Splits `text` and the overrides (`section.key=value`) into keys. Syntax errors become mistakes.
-    pub fn new(text: &str, file: &str, overrides: &[String]) -> Document {
+    /// `page` documents the keys, for those who are far from every one of them.
+    pub fn new(text: &str, file: &str, page: &'static str, overrides: &[String]) -> Document {
         let mut document = Document {
             file: file.to_string(),
+            page,
             entries: BTreeMap::new(),
             sections: BTreeMap::new(),
             asked: Vec::new(),
@@ -298,7 +302,7 @@ impl Document {
                             self.asked.iter().find(|(_, key)| *key == near).map_or("", |(home, _)| *home);
                         format!("did you mean `{near}` in [{home}]?")
                     }
-                    None => "docs/spec.md lists every key".to_string(),
+                    None => format!("{} lists every key", self.page),
                 },
             };
             let name = if section.is_empty() { key } else { format!("{section}.{key}") };

@@ -6,11 +6,16 @@
 //!
 //! `spec` holds the values, `document` knows TOML and where each key stands, `resolve` knows every key with its type,
 //! range and default, `render` writes a spec back and says which keys determine a result.
+//!
+//! The daemon's own configuration goes the same way: `daemon` holds the values, `load` finds the files and knows the
+//! keys.
 
 pub mod daemon;
 mod document;
+mod load;
 mod render;
 mod resolve;
 pub mod spec;
 
 pub use document::{Mistake, Place};
+pub use load::{ConfigError, Mode};

@@ -8,6 +8,8 @@ use super::spec::*;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+/// Documents the keys.
+const PAGE: &str = "docs/spec.md";
 /// Largest rank. PEFT has no limit; above 256 an adapter stops being small.
 const MAX_RANK: u64 = 256;
 /// Longest sequence: 1 Mi tokens, beyond every supported model's positions.
@@ -46,7 +48,7 @@ pub(super) const BACKEND: &[(&str, BackendChoice)] =
 /// Every `(section, key)` of a spec, in the order in which they are read.
 #[cfg(test)]
 pub(super) fn known_keys() -> Vec<(&'static str, &'static str)> {
-    let mut document = Document::new("", "", &[]);
+    let mut document = Document::new("", "", PAGE, &[]);
     read(&mut document, "", Path::new("/"));
     document.known().to_vec()
 }
@@ -59,7 +61,7 @@ pub(super) fn resolve(
     base_dir: &Path,
     overrides: &[String],
 ) -> Result<Spec, Vec<Mistake>> {
-    let mut document = Document::new(text, file, overrides);
+    let mut document = Document::new(text, file, PAGE, overrides);
     if let Some(mistakes) = document.syntax_errors() {
         return Err(mistakes);
     }

@@ -303,9 +303,9 @@ impl Owner {
             Command::Inhibit(inhibition, reply) => {
                 let _ = reply.send(self.inhibit(inhibition));
             }
-            Command::AddModel(name, directory, reply) => self.change_models(reply, move |models, limits| {
-                models.add(&name, directory, &limits)
-            }),
+            Command::AddModel(name, directory, reply) => {
+                self.change_models(reply, move |models, limits| models.add(&name, directory, &limits))
+            }
             Command::RemoveModel(name, reply) => match self.model_in_use(&name) {
                 Some(error) => drop(reply.send(Err(error))),
                 None => self.change_models(reply, move |models, _| models.remove(&name)),
@@ -326,7 +326,9 @@ impl Owner {
         let state = self.known(id)?.record.condition.state;
         let refused = Refusal::NotActive(state);
         match &mut self.active {
-            Some(active) if active.id == *id && matches!(state, State::Running | State::Waiting) => Ok(active),
+            Some(active) if active.id == *id && matches!(state, State::Running | State::Waiting) => {
+                Ok(active)
+            }
             _ => Err(refused.into()),
         }
     }
@@ -342,7 +344,8 @@ impl Owner {
             Err(error) => return drop(reply.send(Err(error))),
         };
         let now_us = wall_us(&*self.options.clock);
-        let mut record = Record::submitted(id.clone(), String::new(), submission.owner, String::new(), now_us);
+        let mut record =
+            Record::submitted(id.clone(), String::new(), submission.owner, String::new(), now_us);
         self.submitted += 1;
         record.submitted = self.submitted;
         record.priority = submission.priority;
@@ -549,7 +552,8 @@ impl Owner {
     async fn open(&self, id: &RunId, name: &'static str) -> Result<OwnedFd, RequestError> {
         self.known(id)?;
         let path = self.layout.run(id).join(name);
-        on_disk(move || record::open_to_read(&path).map_err(|error| FileError::new("open", &path, error))).await
+        on_disk(move || record::open_to_read(&path).map_err(|error| FileError::new("open", &path, error)))
+            .await
     }
 
     async fn open_adapter(&self, id: &RunId) -> Result<Vec<(String, OwnedFd)>, RequestError> {
@@ -565,7 +569,8 @@ impl Owner {
             let mut files = Vec::new();
             for entry in std::fs::read_dir(&directory).map_err(fail)? {
                 let entry = entry.map_err(fail)?;
-                let file = File::open(entry.path()).map_err(|error| FileError::new("open", &entry.path(), error))?;
+                let file =
+                    File::open(entry.path()).map_err(|error| FileError::new("open", &entry.path(), error))?;
                 files.push((entry.file_name().to_string_lossy().into_owned(), OwnedFd::from(file)));
             }
             Ok(files)
@@ -581,11 +586,14 @@ impl Owner {
             (self.holders.len(), limits.inhibitors, "limits.inhibitors"),
         ] {
             if taken >= limit as usize {
-                return Err(RequestError::Limit(format!("{taken} inhibitors are in force, the limit ({key}) is {limit}")));
+                return Err(RequestError::Limit(format!(
+                    "{taken} inhibitors are in force, the limit ({key}) is {limit}"
+                )));
             }
         }
         let failed = |error: std::io::Error| RequestError::Failed(format!("cannot make a pipe: {error}"));
-        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+        let (ours, theirs) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
         let ours = tokio::net::unix::pipe::Receiver::from_owned_fd(ours).map_err(failed)?;
         let number = self.next_holder;
         self.next_holder += 1;
@@ -595,7 +603,12 @@ impl Owner {
             owner: inhibition.owner,
             since_us: wall_us(&*self.options.clock),
         };
-        tracing::info!(who = inhibitor.who, why = inhibitor.why, owner = inhibitor.owner, "training is inhibited");
+        tracing::info!(
+            who = inhibitor.who,
+            why = inhibitor.why,
+            owner = inhibitor.owner,
+            "training is inhibited"
+        );
         self.holders.insert(number, Holder { inhibitor, sender: inhibition.sender });
         self.show_holders();
         let events = self.events.clone();
@@ -607,7 +620,8 @@ impl Owner {
     }
 
     fn show_holders(&mut self) {
-        self.handle.board().inhibitors = self.holders.values().map(|holder| holder.inhibitor.clone()).collect();
+        self.handle.board().inhibitors =
+            self.holders.values().map(|holder| holder.inhibitor.clone()).collect();
         self.tell(Change::Status);
     }
 
@@ -615,7 +629,9 @@ impl Owner {
     fn change_models<T: Send + 'static>(
         &self,
         reply: Reply<T>,
-        change: impl FnOnce(&Models, crate::config::daemon::LimitsConfig) -> Result<T, RequestError> + Send + 'static,
+        change: impl FnOnce(&Models, crate::config::daemon::LimitsConfig) -> Result<T, RequestError>
+        + Send
+        + 'static,
     ) {
         let (models, limits) = (self.models.clone(), self.options.config.limits.clone());
         let (handle, events) = (self.handle.clone(), self.events.clone());
@@ -784,7 +800,8 @@ impl Owner {
     async fn ended(&mut self, id: &RunId, ended: Ended) {
         let Some(active) = self.active.take() else { return };
         // Dropped replies would say that the daemon goes down.
-        let gone = || RequestError::Failed("the worker ended before it could do that: see the run's state".into());
+        let gone =
+            || RequestError::Failed("the worker ended before it could do that: see the run's state".into());
         active.checkpoints.into_values().for_each(|reply| drop(reply.send(Err(gone()))));
         active.evaluations.into_values().for_each(|reply| drop(reply.send(Err(gone()))));
         let Some(run) = self.runs.get_mut(id) else { return };

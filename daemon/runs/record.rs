@@ -42,7 +42,8 @@ impl Layout {
     pub fn create(state: &Path) -> Result<Layout, FileError> {
         let layout = Layout { state: state.to_path_buf() };
         for directory in [layout.runs(), layout.inputs(), layout.models()] {
-            std::fs::create_dir_all(&directory).map_err(|source| FileError::new("create", &directory, source))?;
+            std::fs::create_dir_all(&directory)
+                .map_err(|source| FileError::new("create", &directory, source))?;
         }
         Ok(layout)
     }
@@ -285,7 +286,11 @@ impl Record {
             state: Some(self.condition.state),
             reason: self.condition.reason,
             step: Some(self.figures.step),
-            message: if self.condition.state == super::State::Failed { self.message.clone() } else { String::new() },
+            message: if self.condition.state == super::State::Failed {
+                self.message.clone()
+            } else {
+                String::new()
+            },
         }
     }
 
@@ -294,7 +299,8 @@ impl Record {
         let path = directory.join("state.json");
         let text = std::fs::read(&path).map_err(|source| RecordError::Read { path: path.clone(), source })?;
         let damaged = |problem: String| RecordError::Damaged { path: path.clone(), problem };
-        let json: serde_json::Value = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         match json.get("version").and_then(serde_json::Value::as_u64) {
             Some(version) if version == u64::from(VERSION) => {}
             Some(found) => return Err(RecordError::Version { path, found }),
@@ -310,8 +316,9 @@ impl Record {
 
     /// Makes the record durable, without a line in the journal.
     pub fn write(&self, directory: &Path) -> Result<(), FileError> {
-        let mut json = serde_json::to_vec_pretty(self)
-            .map_err(|error| FileError::new("write", &directory.join("state.json"), io::Error::other(error)))?;
+        let mut json = serde_json::to_vec_pretty(self).map_err(|error| {
+            FileError::new("write", &directory.join("state.json"), io::Error::other(error))
+        })?;
         json.push(b'\n');
         atomic_write(&directory.join("state.json"), &json)
     }

@@ -129,11 +129,11 @@ pub fn start(
     tokio::spawn(async move {
         let ended = match launcher.launch().await {
             Err(error) => Ended::lost(Reason::Launch, error.to_string()),
-            Ok(Worker { stream, process }) => {
+            Ok(Worker { connection, process }) => {
                 let now = Instant::now();
                 let mut talk = Talk {
                     process,
-                    connection: Connection::new(stream),
+                    connection,
                     orders: order_box,
                     pace,
                     events: events.clone(),
@@ -195,7 +195,9 @@ impl Talk {
         match timeout(READY, self.connection.next()).await {
             Err(_) => return Over::Hung(format!("it did not say ready within {} s", READY.as_secs())),
             Ok(Ok(Report::Ready(ready))) if ready.version == VERSION => {
-                self.process.introduce(ready.pid);
+                if let Err(error) = self.process.identify(ready.pid) {
+                    return Over::Nonsense(error.to_string());
+                }
                 self.tell_owner(Report::Ready(ready)).await;
             }
             Ok(Ok(Report::Ready(ready))) => {
@@ -342,61 +344,62 @@ impl Talk {
     }
 
     /// Sees the process out.
-    async fn end(mut self, over: Over) -> Ended {
-        let told = self.stop.map(|(_, reason)| reason);
+    async fn end(self, over: Over) -> Ended {
+        let Talk { connection, mut process, stop, .. } = self;
+        // The only hold on a process that is not known; and an end that every worker understands.
+        drop(connection);
         match over {
             Over::Finished(finished) => {
-                self.see_out(EXIT).await;
+                see_out(&mut process, EXIT).await;
                 Ended::Finished(finished)
             }
             Over::Failed(Failed { reason, message, retry }) => {
-                self.see_out(EXIT).await;
+                see_out(&mut process, EXIT).await;
                 Ended::Failed { reason, message, retry }
             }
             Over::Dismissed => {
-                self.see_out(Duration::ZERO).await;
-                Ended::Finished(Finished::Stopped { reason: told.unwrap_or(Reason::Shutdown) })
+                see_out(&mut process, Duration::ZERO).await;
+                Ended::Finished(Finished::Stopped {
+                    reason: stop.map_or(Reason::Shutdown, |(_, reason)| reason),
+                })
             }
             Over::Hung(how) => {
                 // SIGABRT first: where core dumps are kept, this one says where it hung.
-                self.process.abort();
-                self.see_out(EXIT).await;
+                process.abort();
+                see_out(&mut process, EXIT).await;
                 Ended::lost(Reason::Hung, format!("the worker hung: {how}; it was ended"))
             }
             Over::Nonsense(what) => {
-                self.see_out(Duration::ZERO).await;
+                see_out(&mut process, Duration::ZERO).await;
                 Ended::lost(Reason::Protocol, format!("the worker was not understood and was ended: {what}"))
             }
             Over::Unsendable(what) => {
-                self.see_out(Duration::ZERO).await;
+                see_out(&mut process, Duration::ZERO).await;
                 Ended::Failed { reason: Reason::Protocol, message: what, retry: false }
             }
-            Over::Closed => match timeout(SILENCE, self.process.wait()).await {
-                Ok(exit) => {
-                    let reason = if exit.out_of_memory() { Reason::OutOfMemory } else { Reason::Crashed };
-                    Ended::lost(reason, format!("the worker died: {exit}"))
-                }
+            Over::Closed => match timeout(SILENCE, process.wait()).await {
+                Ok(exit) => Ended::lost(process.reason(exit), format!("the worker died: {exit}")),
                 Err(_) => {
-                    self.see_out(Duration::ZERO).await;
+                    see_out(&mut process, Duration::ZERO).await;
                     Ended::lost(Reason::Crashed, "the worker closed its connection without a last word")
                 }
             },
         }
     }
+}
 
-    /// Gives the process some time to exit, then kills it; returns when it is gone.
-    async fn see_out(&mut self, grace: Duration) {
-        if timeout(grace, self.process.wait()).await.is_ok() {
-            return;
-        }
-        self.process.kill();
-        if timeout(WEDGED, self.process.wait()).await.is_err() {
-            tracing::error!(
-                "a worker ({}) is still there {} s after SIGKILL: it hangs in the kernel, and its memory is lost until \
-                 a reboot",
-                self.process,
-                WEDGED.as_secs()
-            );
-        }
+/// Gives a process some time to exit, then kills it; returns when it is gone.
+async fn see_out(process: &mut Process, grace: Duration) {
+    if timeout(grace, process.wait()).await.is_ok() {
+        return;
+    }
+    process.kill();
+    if timeout(WEDGED, process.wait()).await.is_err() {
+        tracing::error!(
+            "a worker (process {:?}) is still there {} s after SIGKILL: it hangs in the kernel, and its memory is \
+             lost until a reboot",
+            process.id(),
+            WEDGED.as_secs()
+        );
     }
 }

@@ -425,7 +425,8 @@ mod tests {
             assert_eq!(pausing.after(end).unwrap().state, State::Paused, "{end:?}");
         }
         let cancelling = pausing.after(Event::Ask(Ask::Cancel)).unwrap();
-        for end in [Event::Saved, Event::Lost(Reason::Crashed), Event::Restart, Event::Fail(Reason::Diverged)] {
+        for end in [Event::Saved, Event::Lost(Reason::Crashed), Event::Restart, Event::Fail(Reason::Diverged)]
+        {
             assert_eq!(cancelling.after(end).unwrap().state, State::Cancelled, "{end:?}");
         }
         // A run that completes while it is told to stop has completed.

@@ -63,7 +63,9 @@ pub fn turn(candidates: &[Candidate], active: Option<&Active>, hold: Option<Reas
     match (active, first, hold) {
         (Some(Active { stopping: true, .. }), _, _) => Turn::Stopping,
         (Some(_), _, Some(reason)) => Turn::Park(reason),
-        (Some(active), Some(first), None) if first.priority > active.priority => Turn::Preempt(first.id.clone()),
+        (Some(active), Some(first), None) if first.priority > active.priority => {
+            Turn::Preempt(first.id.clone())
+        }
         (Some(_), _, None) => Turn::Go,
         (None, None, _) => Turn::Idle,
         (None, Some(first), Some(reason)) => Turn::Wait(first.id.clone(), reason),

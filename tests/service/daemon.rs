@@ -42,7 +42,8 @@ impl Daemon {
     /// Starts one with this transport.
     pub fn start_on(transport: Transport, config: &str) -> Daemon {
         let home = tempfile::tempdir().unwrap();
-        let method = if matches!(transport, Transport::Peer) { "[authorization]\nmethod = \"owner\"\n" } else { "" };
+        let method =
+            if matches!(transport, Transport::Peer) { "[authorization]\nmethod = \"owner\"\n" } else { "" };
         let text = format!("{method}{config}\n");
         std::fs::write(home.path().join("finetuned.toml"), text).unwrap();
         let mut daemon = Daemon { home, transport, process: None };
@@ -193,7 +194,8 @@ impl Drop for Daemon {
             let _ = process.kill();
             let _ = process.wait();
             for worker in workers {
-                let _ = Command::new("kill").args(["-KILL", &worker.to_string()]).stderr(Stdio::null()).status();
+                let _ =
+                    Command::new("kill").args(["-KILL", &worker.to_string()]).stderr(Stdio::null()).status();
             }
         }
         if std::thread::panicking() {
@@ -204,7 +206,8 @@ impl Drop for Daemon {
 
 /// Sends a signal of a name.
 pub fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).stderr(Stdio::null()).status();
+    let status =
+        Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).stderr(Stdio::null()).status();
     assert!(status.is_ok());
 }
 
@@ -225,7 +228,8 @@ pub fn children(parent: u32) -> Vec<u32> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|&pid| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let fields: Vec<&str> = stat.rsplit_once(") ").map_or(vec![], |(_, rest)| rest.split(' ').collect());
+            let fields: Vec<&str> =
+                stat.rsplit_once(") ").map_or(vec![], |(_, rest)| rest.split(' ').collect());
             fields.len() > 1 && fields[1] == parent.to_string() && fields[0] != "Z"
         })
         .collect()

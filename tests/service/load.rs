@@ -34,11 +34,14 @@ fn load(runs: usize, clients: usize, reads: usize, idle: Duration) -> Figures {
         for _ in 0..clients {
             let connection = daemon.connection().await.unwrap();
             let stream = zbus::MessageStream::from(&connection);
-            watchers.push((connection, tokio::spawn(async move {
-                use futures_lite_next::next;
-                let mut stream = stream;
-                while next(&mut stream).await.is_some() {}
-            })));
+            watchers.push((
+                connection,
+                tokio::spawn(async move {
+                    use futures_lite_next::next;
+                    let mut stream = stream;
+                    while next(&mut stream).await.is_some() {}
+                }),
+            ));
         }
         let began = Instant::now();
         let before = tick(daemon.pid());
@@ -98,5 +101,8 @@ fn measure() {
             sorted.len()
         );
     }
-    println!("daemon: {:.1} MiB resident, {:.2} % of a core when idle", figures.resident_mib, figures.idle_percent);
+    println!(
+        "daemon: {:.1} MiB resident, {:.2} % of a core when idle",
+        figures.resident_mib, figures.idle_percent
+    );
 }

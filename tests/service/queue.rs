@@ -151,7 +151,14 @@ fn a_random_storm_of_requests_keeps_every_run_legal() {
                 };
                 if let Err(error) = answer {
                     refusals += 1;
-                    let known = ["AlreadyPaused", "NotPaused", "NotActive", "AlreadyOver", "BeingCancelled", "Failed"];
+                    let known = [
+                        "AlreadyPaused",
+                        "NotPaused",
+                        "NotActive",
+                        "AlreadyOver",
+                        "BeingCancelled",
+                        "Failed",
+                    ];
                     let name = name::<()>(Err(error));
                     assert!(known.contains(&name.as_str()), "{name}");
                 }

@@ -112,7 +112,8 @@ fn an_inhibitor_parks_the_run_and_ends_with_its_holder() {
         let path = submit(&manager, shared(), LONG, HashMap::new()).await.unwrap();
         let run = daemon.run(&manager, &path).await;
         reaches(&run, &["running"]).await;
-        let mut holder = daemon.ctl_command(&["inhibit", "--why", "a test", "--", "sleep", "60"]).spawn().unwrap();
+        let mut holder =
+            daemon.ctl_command(&["inhibit", "--why", "a test", "--", "sleep", "60"]).spawn().unwrap();
         assert_eq!(reaches(&run, &["waiting"]).await, "waiting");
         assert_eq!(run.reason().await.unwrap(), "inhibited");
         assert_eq!(manager.list_inhibitors().await.unwrap().len(), 1);
@@ -137,7 +138,8 @@ fn a_daemon_told_to_go_saves_first_and_the_next_one_goes_on() {
     let mut daemon = Daemon::peer("");
     let (id, step) = block_on(async {
         let manager = daemon.manager().await;
-        let path = submit(&manager, shared(), &["train.max_steps=80", "train.checkpoint_every=0"], HashMap::new());
+        let path =
+            submit(&manager, shared(), &["train.max_steps=80", "train.checkpoint_every=0"], HashMap::new());
         let path = path.await.unwrap();
         let run = daemon.run(&manager, &path).await;
         reaches(&run, &["running"]).await;
@@ -191,7 +193,8 @@ fn a_stopped_daemon_leaves_no_orphan() {
         let manager = daemon.manager().await;
         let id = directory.file_name().unwrap().to_str().unwrap().to_string();
         let run = daemon.run(&manager, &manager.find_run(id).await.unwrap()).await;
-        eventually("the second attempt", || async { (run.attempts().await.unwrap() >= 2).then_some(()) }).await;
+        eventually("the second attempt", || async { (run.attempts().await.unwrap() >= 2).then_some(()) })
+            .await;
         reaches(&run, &["running"]).await;
         run.cancel(HashMap::new()).await.unwrap();
         run.wait().await.unwrap();
