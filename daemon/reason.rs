@@ -32,6 +32,32 @@ reasons! {
     User = "user",
     /// Somebody holds an inhibitor.
     Inhibited = "inhibited",
+    /// Somebody has a lease of the device.
+    Leased = "leased",
+    /// Too warm.
+    Thermal = "thermal",
+    /// Too much power.
+    PowerBudget = "power-budget",
+    /// The night's, or the run's, energy is used up.
+    EnergyQuota = "energy-quota",
+    /// The supply dips or its current is limited.
+    OverCurrent = "over-current",
+    /// A sensor that the budget needs is silent.
+    SensorLost = "sensor-lost",
+    /// Memory is short.
+    MemoryPressure = "memory-pressure",
+    /// It is not the time for training.
+    OutsideWindow = "outside-window",
+    /// No external power.
+    OnBattery = "on-battery",
+    /// The battery is low.
+    BatteryLow = "battery-low",
+    /// The machine is busy with something else.
+    Busy = "busy",
+    /// The fan would be too loud.
+    QuietHours = "quiet-hours",
+    /// The machine is about to sleep.
+    Suspend = "suspend",
     /// A run with a higher priority has the device.
     Preempted = "preempted",
     /// The worker failed; the next attempt comes after a pause.

@@ -35,6 +35,60 @@ impl std::iter::Sum for Bytes {
     }
 }
 
+macro_rules! quantity {
+    ($(#[$doc:meta])* $name:ident, $unit:literal, $digits:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, serde::Serialize, serde::Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub f64);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:.*} {}", f.precision().unwrap_or($digits), self.0, $unit)
+            }
+        }
+
+        impl std::ops::Add for $name {
+            type Output = $name;
+            fn add(self, other: $name) -> $name {
+                $name(self.0 + other.0)
+            }
+        }
+
+        impl std::ops::Sub for $name {
+            type Output = $name;
+            fn sub(self, other: $name) -> $name {
+                $name(self.0 - other.0)
+            }
+        }
+    };
+}
+
+quantity!(
+    /// A temperature, or a difference of two.
+    Celsius, "°C", 1
+);
+quantity!(
+    /// Power.
+    Watts, "W", 1
+);
+quantity!(
+    /// Energy.
+    Joules, "J", 0
+);
+
+impl Joules {
+    /// From watt-hours.
+    pub fn from_watt_hours(watt_hours: f64) -> Joules {
+        Joules(watt_hours * 3600.0)
+    }
+
+    /// In watt-hours.
+    pub fn watt_hours(self) -> f64 {
+        self.0 / 3600.0
+    }
+}
+
 /// Names a run for ever: twelve lower-case hexadecimal digits, drawn at random when it is submitted. Random, and not a
 /// time, so that the first two or three digits are enough for a person to name it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]

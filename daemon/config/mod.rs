@@ -10,6 +10,7 @@
 //! The daemon's own configuration goes the same way: `daemon` holds the values, `load` finds the files and knows the
 //! keys.
 
+pub mod budget;
 pub mod daemon;
 mod document;
 mod load;
