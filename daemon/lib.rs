@@ -24,12 +24,19 @@ pub mod checkpoint;
 // The training loop.
 pub mod train;
 
-// Runs as a service: the process that computes, what decides when, the runs, and their face on D-Bus.
-pub mod bus;
-pub mod runs;
-pub mod scheduler;
-pub mod service;
+// The process that computes.
 pub mod worker;
+
+// What the machine can bear, and who is next.
+pub mod governor;
+pub mod scheduler;
+
+// Runs as a service, and their face on D-Bus.
+pub mod runs;
+
+pub mod bus;
+
+pub mod service;
 
 // What a person types.
 pub mod cli;
