@@ -3,6 +3,7 @@
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
 //!   run, plan, generate, demo, data, spec, config      the commands
+//!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
@@ -19,6 +20,7 @@ mod plan;
 mod progress;
 mod run;
 mod spec;
+mod worker;
 
 use clap::{Parser, Subcommand};
 use exit::{EXIT_CODES, Exit, Failure};
@@ -74,6 +76,9 @@ Example:
     /// Look at the daemon's configuration
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Train for the daemon at standard input
+    #[command(hide = true)]
+    Worker(worker::WorkerArguments),
 }
 
 /// Runs the command line.
@@ -98,5 +103,6 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
         Command::Config(command) => config::command(command),
+        Command::Worker(arguments) => worker::command(arguments),
     }
 }

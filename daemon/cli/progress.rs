@@ -97,7 +97,7 @@ impl<'a> Progress<'a> {
 
     fn remember(&mut self, event: &Event) {
         match event {
-            Event::Started { step, total, resumed } => {
+            Event::Started { step, total, resumed, .. } => {
                 self.counts.started = true;
                 self.counts.resumed = *resumed;
                 self.total = *total;
@@ -108,8 +108,8 @@ impl<'a> Progress<'a> {
                 self.loss = Some(record.loss);
                 self.tokens_per_second = Some(record.tokens_per_second);
             }
-            Event::Evaluated(record) => self.eval_loss = Some(record.eval_loss),
-            Event::Committed(_) => self.counts.checkpoints += 1,
+            Event::Evaluated { record, .. } => self.eval_loss = Some(record.eval_loss),
+            Event::Committed { .. } => self.counts.checkpoints += 1,
             _ => {}
         }
     }
@@ -122,7 +122,7 @@ impl<'a> Progress<'a> {
             Event::Preparing { what, total, .. } if is_bytes(what) => format!("{what}: {}", Bytes(*total)),
             Event::Preparing { what, total, .. } => format!("{what}: {total} layers"),
             Event::Note(text) => format!("note: {text}"),
-            Event::Started { step, total, resumed: true } => format!("resumed at step {step}/{total}"),
+            Event::Started { step, total, resumed: true, .. } => format!("resumed at step {step}/{total}"),
             Event::Started { step, total, .. } => format!("start at step {step}/{total}"),
             Event::Step(r) => format!(
                 "step {}/{total} loss {:.4} grad_norm {} lr {:.1e} {} tok/s",
@@ -132,10 +132,11 @@ impl<'a> Progress<'a> {
                 r.learning_rate,
                 significant(r.tokens_per_second, 3),
             ),
-            Event::Evaluated(r) => format!("eval {}/{total} eval_loss {:.4}", r.step, r.eval_loss),
-            Event::Committed(path) => format!("checkpoint {}", shown(path)),
+            Event::Evaluated { record: r, .. } => format!("eval {}/{total} eval_loss {:.4}", r.step, r.eval_loss),
+            Event::Committed { path, .. } => format!("checkpoint {}", shown(path)),
             Event::Stopped(reason) => format!("stopped: {reason}"),
-            Event::MicroStep { .. } | Event::Evaluating(..) => return None,
+            Event::Refused { request, why } => format!("request {request} refused: {why}"),
+            Event::MicroStep { .. } | Event::Evaluating(..) | Event::Saving => return None,
         })
     }
 
@@ -187,15 +188,15 @@ impl<'a> Progress<'a> {
             }
             Event::Step(record) => training(bar, record.step * PARTS, self.figures(record.step * PARTS)),
             Event::Evaluating(done, of) => bar.set_prefix(format!("evaluating {done}/{of}")),
-            Event::Evaluated(_) | Event::Committed(_) | Event::Note(_) => {
+            Event::Evaluated { .. } | Event::Committed { .. } | Event::Refused { .. } | Event::Note(_) => {
                 if let Some(line) = self.line(event) {
                     bar.println(line);
                 }
-                if matches!(event, Event::Evaluated(_)) {
+                if matches!(event, Event::Evaluated { .. }) {
                     bar.set_prefix("training");
                 }
             }
-            Event::Stopped(_) => {}
+            Event::Saving | Event::Stopped(_) => {}
         }
     }
 }
@@ -295,14 +296,15 @@ mod tests {
     fn lines_hold_what_a_log_needs() {
         let clock = Hand(Mutex::default());
         let mut progress = Progress { view: View::Lines, ..Progress::new(&clock) };
-        let started = Event::Started { step: 10, total: 120, resumed: true };
+        let started = Event::Started { step: 10, within: 3, total: 120, resumed: true };
         progress.remember(&started);
         assert_eq!(progress.line(&started).unwrap(), "resumed at step 10/120");
         assert_eq!(
             progress.line(&step(12)).unwrap(),
             "step 12/120 loss 1.2345 grad_norm 0.51 lr 2.0e-4 312 tok/s"
         );
-        let eval = Event::Evaluated(EvaluationRecord { step: 12, eval_loss: 2.0 });
+        let record = EvaluationRecord { step: 12, eval_loss: 2.0 };
+        let eval = Event::Evaluated { record, request: None };
         assert_eq!(progress.line(&eval).unwrap(), "eval 12/120 eval_loss 2.0000");
         assert_eq!(progress.line(&Event::Evaluating(0, 3)), None);
     }
@@ -312,7 +314,7 @@ mod tests {
         let clock = Hand(Mutex::default());
         let mut progress = Progress { view: View::Lines, ..Progress::new(&clock) };
         clock.sleep(Duration::from_secs(100)); // preparing does not count
-        progress.remember(&Event::Started { step: 10, total: 30, resumed: true });
+        progress.remember(&Event::Started { step: 10, within: 0, total: 30, resumed: true });
         assert_eq!(progress.time_left(10 * PARTS), None);
         clock.sleep(Duration::from_secs(60));
         progress.remember(&step(15));

@@ -50,6 +50,8 @@ pub enum Event {
     Started {
         /// Completed steps.
         step: u64,
+        /// Sequences done within the next step.
+        within: u64,
         /// Steps in all.
         total: u64,
         /// Whether a checkpoint was found.
@@ -71,9 +73,32 @@ pub enum Event {
     /// An evaluation goes on: sequences done, of how many.
     Evaluating(usize, usize),
     /// An evaluation was done.
-    Evaluated(EvaluationRecord),
+    Evaluated {
+        /// What was found.
+        record: EvaluationRecord,
+        /// The request it answers; absent for an evaluation of the run's own.
+        request: Option<u64>,
+    },
+    /// A checkpoint, or the results, are being written.
+    Saving,
     /// A checkpoint is durable.
-    Committed(PathBuf),
+    Committed {
+        /// Its directory.
+        path: PathBuf,
+        /// Its completed steps.
+        step: u64,
+        /// Sequences done within the step after it.
+        within: u64,
+        /// The request it answers, if any.
+        request: Option<u64>,
+    },
+    /// A request cannot be honoured; the run goes on.
+    Refused {
+        /// The request.
+        request: u64,
+        /// Why.
+        why: String,
+    },
     /// The gate asked for a stop; state is durable.
     Stopped(Reason),
 }

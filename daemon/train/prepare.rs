@@ -1,6 +1,6 @@
 //! From a spec to everything a run computes with: tokens, base, adapter layout, memory plan.
 
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, simd};
 use crate::backend::{Backend, FrozenMatrix};
 use crate::checkpoint::{AdapterConfig, NamedTensor, PeftError, read_adapter};
 use crate::config::spec::{BackendChoice, ComputeDtype, GradientCheckpointing, LoraSpec, Spec};
@@ -249,6 +249,18 @@ pub fn cpu_backend(spec: &Spec) -> Result<Cpu<f32>, PrepareError> {
     })
 }
 
+/// What this machine computes on, in words: `CPU (x86-64, AVX-512, 2 cores)`.
+pub fn device() -> String {
+    let vectors = match simd::isa() {
+        simd::Isa::Avx512 => "x86-64, AVX-512",
+        simd::Isa::Avx2 => "x86-64, AVX2",
+        simd::Isa::Baseline if cfg!(target_arch = "aarch64") => "aarch64, NEON",
+        simd::Isa::Baseline => "no vector extensions",
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("CPU ({vectors}, {cores} {})", if cores == 1 { "core" } else { "cores" })
+}
+
 /// The largest micro-batch that a run can meet.
 pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     let longest = (0..data.train.len()).map(|i| data.train.row_len(i)).max().unwrap_or(0);
@@ -367,10 +379,19 @@ fn resident_program() -> Bytes {
     Bytes(kib << 10)
 }
 
+/// What the process holds now.
+pub fn resident_memory() -> Option<Bytes> {
+    status_line("VmRSS:")
+}
+
 /// The largest resident set this process has had.
 pub fn peak_memory() -> Option<Bytes> {
+    status_line("VmHWM:")
+}
+
+fn status_line(name: &str) -> Option<Bytes> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| Bytes(kib << 10))
 }
 

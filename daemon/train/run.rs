@@ -5,6 +5,7 @@
 //!                                     ▲                                                 │
 //!                                     └─────────────────────────────────────────────────┘
 //!   gate says stop (asked before every micro-step and every held-out batch) ──► commit ──► Stopped
+//!   gate has a request (asked at the same places) ──► commit or evaluate, aside ──► go on
 //!   last step done, or no improvement for long enough ──► adapter, summary ──► Finished
 //!   loss, gradient or adapter not finite ──► Diverged (nothing is committed: the last checkpoint is good)
 //! ```
@@ -12,7 +13,7 @@
 //! The result is a function of (base, data, spec, seed, backend): everything in [`TrainingState`] and the four sets of
 //! tensors is in the checkpoint, and nothing else influences a bit.
 
-use super::gate::{Gate, Pace};
+use super::gate::{Gate, Pace, Request};
 use super::observer::{EvaluationRecord, Event, Observer, StepRecord};
 use super::prepare::{self, PrepareError, Prepared};
 use super::schedule::Schedule;
@@ -250,6 +251,8 @@ struct Run<'a, B: Backend> {
     /// Step of the latest evaluation.
     evaluated: Option<u64>,
     last_checkpoint: Option<PathBuf>,
+    /// Requests for an evaluation that wait for the gate to open.
+    wanted: Vec<u64>,
     last_loss: Option<f64>,
     /// Seconds computed, and tokens, within the current step by this attempt.
     step_seconds: f64,
@@ -340,7 +343,12 @@ impl<'a, B: Backend> Run<'a, B> {
         };
         // Only now: an attempt that was refused leaves the spec of the run alone.
         checkpoint::atomic_write(&paths.output.join("spec.resolved.toml"), spec.to_toml().as_bytes())?;
-        observer.observe(Event::Started { step: state.step, total: steps.total, resumed });
+        observer.observe(Event::Started {
+            step: state.step,
+            within: state.micro_step,
+            total: steps.total,
+            resumed,
+        });
         let eval = data.eval.filter(|rows| !rows.is_empty()).map(|rows| {
             let plan =
                 EpochPlan::new(&rows, spec.data.sequence_length, spec.data.packing, false, spec.run.seed, 0);
@@ -365,6 +373,7 @@ impl<'a, B: Backend> Run<'a, B> {
             state,
             evaluated,
             last_checkpoint,
+            wanted: Vec::new(),
             last_loss,
             step_seconds: 0.0,
             step_tokens: 0,
@@ -391,9 +400,10 @@ impl<'a, B: Backend> Run<'a, B> {
                 let due = every > 0 && self.state.step > 0 && self.state.step.is_multiple_of(every);
                 let finished = self.finished();
                 if due || improved || finished {
-                    self.commit(observer)?;
+                    self.commit(None, observer)?;
                 }
                 if finished {
+                    observer.observe(Event::Saving);
                     return self.finish();
                 }
             }
@@ -419,31 +429,84 @@ impl<'a, B: Backend> Run<'a, B> {
         self.eval.is_some() && due && self.evaluated != Some(step)
     }
 
-    /// Waits until the gate lets the next piece of work through.
-    fn wait(gate: &mut dyn Gate, clock: &dyn Clock) -> Result<(), Reason> {
-        loop {
-            match gate.pace() {
-                Pace::Run => return Ok(()),
-                Pace::Wait(duration) => clock.sleep(duration),
-                Pace::Stop(reason) => return Err(reason),
-            }
-        }
-    }
-
-    /// Held-out loss; whether it is the best so far.
-    fn evaluate(
+    /// Waits until the gate lets the next piece of work through. Checkpoints that are wanted are written meanwhile;
+    /// evaluations compute, so they are noted in [`Self::wanted`] for when the gate is open.
+    fn wait(
         &mut self,
         gate: &mut dyn Gate,
         observer: &mut dyn Observer,
         clock: &dyn Clock,
-    ) -> Result<Result<bool, Reason>, RunError> {
-        let Some((rows, plan)) = &self.eval else { return Ok(Ok(false)) };
-        let (mut loss_sum, mut labelled) = (0.0, 0);
-        let n = self.spec.train.micro_batch_size;
-        for first in (0..plan.len()).step_by(n) {
-            if let Err(reason) = Self::wait(gate, clock) {
+    ) -> Result<Result<(), Reason>, RunError> {
+        loop {
+            match gate.request() {
+                Some(Request::Checkpoint(request)) => match self.commit(Some(request), observer) {
+                    Ok(_) => {}
+                    // The store holds what it held before: no reason to end a run that may yet get its space.
+                    Err(RunError::Checkpoint(error)) => {
+                        observer.observe(Event::Refused { request, why: error.to_string() });
+                    }
+                    Err(error) => return Err(error),
+                },
+                Some(Request::Evaluate(request)) => self.wanted.push(request),
+                None => match gate.pace() {
+                    Pace::Run => return Ok(Ok(())),
+                    Pace::Wait(duration) => clock.sleep(duration),
+                    Pace::Stop(reason) => return Ok(Err(reason)),
+                },
+            }
+        }
+    }
+
+    /// [`Self::wait`], and the evaluations that are wanted. They leave no trace in the run.
+    fn wait_and_serve(
+        &mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Result<(), Reason>, RunError> {
+        loop {
+            if let Err(reason) = self.wait(gate, observer, clock)? {
                 return Ok(Err(reason));
             }
+            if self.wanted.is_empty() {
+                return Ok(Ok(()));
+            }
+            if self.eval.is_none() {
+                for request in self.wanted.drain(..) {
+                    let why = "the run has no held-out rows: its spec needs data.eval or data.eval_fraction";
+                    observer.observe(Event::Refused { request, why: why.into() });
+                }
+                continue;
+            }
+            match self.held_out_loss(gate, observer, clock)? {
+                Ok(record) => self.answer(record, observer),
+                Err(reason) => return Ok(Err(reason)),
+            }
+        }
+    }
+
+    /// Answers the evaluations that are wanted: the adapter is that of `record`.
+    fn answer(&mut self, record: EvaluationRecord, observer: &mut dyn Observer) {
+        for request in self.wanted.drain(..) {
+            observer.observe(Event::Evaluated { record, request: Some(request) });
+        }
+    }
+
+    /// Held-out loss of the adapter as it is; changes nothing.
+    fn held_out_loss(
+        &mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Result<EvaluationRecord, Reason>, RunError> {
+        let (mut loss_sum, mut labelled) = (0.0, 0);
+        let n = self.spec.train.micro_batch_size;
+        let sequences = self.eval.as_ref().map_or(0, |(_, plan)| plan.len());
+        for first in (0..sequences).step_by(n) {
+            if let Err(reason) = self.wait(gate, observer, clock)? {
+                return Ok(Err(reason));
+            }
+            let Some((rows, plan)) = &self.eval else { break };
             observer.observe(Event::Evaluating(first, plan.len()));
             let batch: Vec<_> =
                 (first..plan.len().min(first + n)).map(|i| (plan.sequence(rows, i), 0)).collect();
@@ -458,7 +521,20 @@ impl<'a, B: Backend> Run<'a, B> {
             }
             labelled += found.labelled;
         }
-        let record = EvaluationRecord { step: self.state.step, eval_loss: loss_sum / labelled.max(1) as f64 };
+        Ok(Ok(EvaluationRecord { step: self.state.step, eval_loss: loss_sum / labelled.max(1) as f64 }))
+    }
+
+    /// Held-out loss as part of the run; whether it is the best so far.
+    fn evaluate(
+        &mut self,
+        gate: &mut dyn Gate,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Result<bool, Reason>, RunError> {
+        let record = match self.held_out_loss(gate, observer, clock)? {
+            Ok(record) => record,
+            Err(reason) => return Ok(Err(reason)),
+        };
         let state = &mut self.state;
         if state.step == 0 {
             state.baseline_loss = Some(record.eval_loss);
@@ -478,7 +554,8 @@ impl<'a, B: Backend> Run<'a, B> {
         }));
         self.metrics.append(&serde_json::json!({ "step": record.step, "eval_loss": record.eval_loss }))?;
         self.evaluated = Some(self.state.step);
-        observer.observe(Event::Evaluated(record));
+        observer.observe(Event::Evaluated { record, request: None });
+        self.answer(record, observer);
         Ok(Ok(improved))
     }
 
@@ -502,7 +579,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let first = self.state.sequence_index as usize - self.state.micro_step as usize;
         let last = (first + prepare::sequences_per_step(self.spec)).min(self.plan.len());
         while (self.state.sequence_index as usize) < last {
-            if let Err(reason) = Self::wait(gate, clock) {
+            if let Err(reason) = self.wait_and_serve(gate, observer, clock)? {
                 return Ok(Err(reason));
             }
             let from = self.state.sequence_index as usize;
@@ -601,13 +678,14 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     fn stop(mut self, reason: Reason, observer: &mut dyn Observer) -> Result<Outcome, RunError> {
-        let checkpoint = self.commit(observer)?;
+        let checkpoint = self.commit(None, observer)?;
         observer.observe(Event::Stopped(reason));
         Ok(Outcome::Stopped { reason, checkpoint })
     }
 
     /// Makes the state durable, and the records that go with it.
-    fn commit(&mut self, observer: &mut dyn Observer) -> Result<PathBuf, RunError> {
+    fn commit(&mut self, request: Option<u64>, observer: &mut dyn Observer) -> Result<PathBuf, RunError> {
+        observer.observe(Event::Saving);
         self.metrics.sync()?;
         let layout = &self.trainer.layout;
         let backend = &self.trainer.decoder.backend;
@@ -628,7 +706,12 @@ impl<'a, B: Backend> Run<'a, B> {
         self.last_checkpoint = Some(path.clone());
         checkpoint::atomic_write(&self.output.join("trainer_state.json"), self.trainer_state().as_bytes())?;
         self.store.prune(self.spec.train.keep_checkpoints.max(1), self.state.best_step)?;
-        observer.observe(Event::Committed(path.clone()));
+        observer.observe(Event::Committed {
+            path: path.clone(),
+            step: self.state.step,
+            within: self.state.micro_step,
+            request,
+        });
         Ok(path)
     }
 

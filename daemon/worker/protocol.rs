@@ -8,7 +8,7 @@
 //!     │ ─── permit (every 0.5 s) ────────────► │   compute or wait, until when
 //!     │ ◄──────────────── beat (every 1 s) ─── │   phase, and a counter that moves with the work
 //!     │ ◄── started, step, eval, committed ─── │
-//!     │ ─── checkpoint, evaluate, stop ──────► │
+//!     │ ─── checkpoint, evaluate, stop ──────► │   answered by committed, evaluated, refused
 //!     │ ◄──────── finished | failed ────────── │   the last word; the worker exits
 //! ```
 //!
@@ -52,13 +52,14 @@ pub enum Request {
     Start(Start),
     /// What the next micro-steps may do.
     Permit(Permit),
-    /// Write a checkpoint at the next chance; answered by [`Report::Committed`] with this number.
+    /// Write a checkpoint at the next chance; also by a run that waits; answered by [`Report::Committed`], or by
+    /// [`Report::Refused`], with this number.
     Checkpoint {
         /// Number of the request.
         request: u64,
     },
     /// Evaluate at the next chance, for information only: it changes nothing in the run. Answered by
-    /// [`Report::Evaluated`] with this number.
+    /// [`Report::Evaluated`] or [`Report::Refused`] with this number, unless the run ends before.
     Evaluate {
         /// Number of the request.
         request: u64,
@@ -142,6 +143,13 @@ pub enum Report {
         /// The request it answers, if any.
         request: Option<u64>,
     },
+    /// A request cannot be honoured; the run goes on.
+    Refused {
+        /// The request.
+        request: u64,
+        /// Why.
+        why: String,
+    },
     /// Something a person should know that is no error.
     Note {
         /// In words.
@@ -160,7 +168,7 @@ pub struct Ready {
     pub version: u32,
     /// Process id.
     pub pid: u32,
-    /// What it computes on, in words: `CPU (x86-64, AVX-512, 2 threads)`.
+    /// What it computes on, in words: `CPU (x86-64, AVX-512, 2 cores)`.
     pub device: String,
 }
 

@@ -132,7 +132,7 @@ fn crash(at: usize, spec: &Spec, output: &Path) -> bool {
     let mut observer = |event: Event| {
         let durable = matches!(
             event,
-            Event::Started { .. } | Event::Step(_) | Event::Evaluated(_) | Event::Committed(_)
+            Event::Started { .. } | Event::Step(_) | Event::Evaluated { .. } | Event::Committed { .. }
         );
         if durable {
             if events == at {
