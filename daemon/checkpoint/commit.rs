@@ -60,7 +60,7 @@ pub enum FileError {
 
 impl FileError {
     /// Wraps the system's error.
-    pub(super) fn new(action: &'static str, path: &Path, source: io::Error) -> FileError {
+    pub fn new(action: &'static str, path: &Path, source: io::Error) -> FileError {
         let path = path.to_path_buf();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {

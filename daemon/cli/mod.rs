@@ -11,6 +11,7 @@
 mod arguments;
 mod config;
 mod console;
+mod daemon;
 mod data;
 mod demo;
 mod exit;
@@ -30,9 +31,12 @@ use std::process::ExitCode;
 /// LoRA adapter that PEFT, llama.cpp and vLLM can load.
 #[derive(Parser, Debug)]
 #[command(name = "finetuned", version, propagate_version = true, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    #[command(flatten)]
+    daemon: daemon::DaemonArguments,
 }
 
 #[derive(Subcommand, Debug)]
@@ -84,8 +88,15 @@ Example:
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    console::listen();
-    match dispatch(&arguments.command) {
+    let done = match &arguments.command {
+        Some(command) => {
+            console::listen();
+            dispatch(command)
+        }
+        // The daemon's log is its own.
+        None => daemon::command(&arguments.daemon),
+    };
+    match done {
         Ok(exit) => exit.into(),
         Err(failure) => {
             failure.print();

@@ -14,11 +14,12 @@ pub mod inputs;
 pub mod models;
 pub mod state;
 
-//mod owner;
-//mod record;
+mod owner;
+mod record;
+mod session;
 mod view;
 
-//pub use owner::{Options, start};
+pub use owner::{Options, start};
 pub use state::{Ask, Refusal, State};
 pub use view::{
     Change, Details, Inhibition, Inhibitor, ModelView, RequestError, RunView, Runs, Status, Submission,

@@ -6,8 +6,8 @@
 //!            │                              │
 //!   queued ──┼── Begin ──► preparing ──Training──► running ──Complete──► succeeded
 //!     ▲  │   │               │  ▲            │ ▲     │
-//!     │ Hold │               │  Begin     Hold │     │       Fail, from any of the three with a worker, and from
-//!     │  ▼   │               │  │            ▼ │ Training    waiting when no attempt is left ──► failed
+//!     │ Hold │               │  Begin     Hold │     │       Fail, from all that are not over but paused ──► failed
+//!     │  ▼   │               │  │            ▼ │ Training
 //!     │ waiting ◄────────────┼──┴─────── waiting     │
 //!     │  │  ▲     Lost       │                       │       Cancel, from all that is not over ──► cancelled
 //!     └──┘  │                ▼                       ▼          (through saving while there is a worker)
@@ -227,7 +227,7 @@ impl Condition {
                 _ => impossible("the start of training"),
             },
             Event::Hold(reason) => match state {
-                Queued | Waiting | Preparing | Running => Ok(Condition::waiting(reason, worker)),
+                Queued | Waiting | Running => Ok(Condition::waiting(reason, worker)),
                 _ => impossible("a hold"),
             },
             Event::Requeue => match state {
@@ -251,7 +251,7 @@ impl Condition {
                 Ok(Condition::new(Cancelled, Some(Reason::User)))
             }
             Event::Fail(reason) => match state {
-                Waiting | Preparing | Running | Saving => Ok(Condition::new(Failed, Some(reason))),
+                Queued | Waiting | Preparing | Running | Saving => Ok(Condition::new(Failed, Some(reason))),
                 _ => impossible("a failure"),
             },
             Event::Restart => match state {
@@ -291,6 +291,166 @@ impl Condition {
             },
             Ask::Cancel if self.worker => Ok(saving(Then::Cancel)),
             Ask::Cancel => Ok(Condition::new(Cancelled, Some(Reason::User))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Every condition that can come about.
+    fn conditions() -> Vec<Condition> {
+        let mut found = vec![Condition::submitted()];
+        let mut next = 0;
+        while next < found.len() {
+            let condition = found[next];
+            next += 1;
+            for event in events() {
+                if let Ok(after) = condition.after(event)
+                    && !found.contains(&after)
+                {
+                    found.push(after);
+                }
+            }
+        }
+        found
+    }
+
+    fn events() -> Vec<Event> {
+        let mut events = vec![
+            Event::Begin,
+            Event::Training,
+            Event::Hold(Reason::Inhibited),
+            Event::Requeue,
+            Event::Saved,
+            Event::Complete(None),
+            Event::Lost(Reason::Backoff),
+            Event::Fail(Reason::Diverged),
+            Event::Restart,
+        ];
+        for then in [Then::Pause, Then::Cancel, Then::Requeue, Then::Shutdown] {
+            events.push(Event::Stop(then, Reason::Preempted));
+        }
+        events.extend([Ask::Pause, Ask::Resume, Ask::Cancel].map(Event::Ask));
+        events
+    }
+
+    /// What leads from where to where; the table in which a reader looks things up.
+    #[rustfmt::skip]
+    fn edges(from: State) -> &'static [State] {
+        use State::*;
+        match from {
+            Queued => &[Waiting, Preparing, Paused, Failed, Cancelled],
+            Waiting => &[Waiting, Queued, Preparing, Running, Saving, Paused, Succeeded, Failed, Cancelled],
+            Preparing => &[Running, Saving, Waiting, Succeeded, Failed],
+            Running => &[Waiting, Saving, Succeeded, Failed],
+            Saving => &[Saving, Waiting, Paused, Succeeded, Failed, Cancelled],
+            Paused => &[Queued, Cancelled],
+            Succeeded | Failed | Cancelled => &[],
+        }
+    }
+
+    #[test]
+    fn the_edges_are_those_of_the_table_and_no_others() {
+        let mut seen = std::collections::BTreeSet::new();
+        for condition in conditions() {
+            for event in events() {
+                match condition.after(event) {
+                    Ok(after) if after == condition => {}
+                    Ok(after) => {
+                        let allowed = edges(condition.state).contains(&after.state);
+                        assert!(allowed, "{condition:?} became {after:?} by {event:?}");
+                        seen.insert((condition.state, after.state));
+                    }
+                    Err(_) => {}
+                }
+            }
+        }
+        for from in State::ALL {
+            for &to in edges(from) {
+                assert!(seen.contains(&(from, to)), "nothing leads from {from} to {to}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_condition_is_consistent() {
+        let all = conditions();
+        assert!(all.len() > 15, "{}", all.len());
+        for condition in all {
+            let Condition { state, reason, then, worker } = condition;
+            assert_eq!(then.is_some(), state == State::Saving, "{condition:?}");
+            match state {
+                State::Preparing | State::Running | State::Saving => assert!(worker, "{condition:?}"),
+                State::Waiting => assert!(reason.is_some(), "a wait has a reason: {condition:?}"),
+                _ => assert!(!worker, "{condition:?}"),
+            }
+            // What a crash leaves is legal, and a second crash changes nothing more.
+            let stored = Condition { worker: false, ..condition };
+            let restarted = stored.after(Event::Restart).unwrap();
+            assert!(!restarted.worker, "{condition:?}");
+            assert!(!matches!(restarted.state, State::Preparing | State::Running | State::Saving));
+            assert_eq!(restarted.after(Event::Restart).unwrap(), restarted);
+        }
+    }
+
+    #[test]
+    fn a_person_is_never_told_of_impossible_events() {
+        for condition in conditions() {
+            for ask in [Ask::Pause, Ask::Resume, Ask::Cancel] {
+                if let Err(refusal) = condition.after(Event::Ask(ask)) {
+                    let own = match refusal {
+                        Refusal::Over(state) => state.is_over(),
+                        Refusal::AlreadyPaused => ask == Ask::Pause,
+                        Refusal::NotPaused(_) => ask == Ask::Resume,
+                        Refusal::BeingCancelled => condition.then == Some(Then::Cancel),
+                        _ => false,
+                    };
+                    assert!(own, "{condition:?} refused {ask:?} with {refusal:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_survives_a_lost_worker_and_a_restart() {
+        let running = [Event::Begin, Event::Training]
+            .into_iter()
+            .try_fold(Condition::submitted(), Condition::after)
+            .unwrap();
+        let pausing = running.after(Event::Ask(Ask::Pause)).unwrap();
+        for end in [Event::Saved, Event::Lost(Reason::Crashed), Event::Restart] {
+            assert_eq!(pausing.after(end).unwrap().state, State::Paused, "{end:?}");
+        }
+        let cancelling = pausing.after(Event::Ask(Ask::Cancel)).unwrap();
+        for end in [Event::Saved, Event::Lost(Reason::Crashed), Event::Restart, Event::Fail(Reason::Diverged)]
+        {
+            assert_eq!(cancelling.after(end).unwrap().state, State::Cancelled, "{end:?}");
+        }
+        // A run that completes while it is told to stop has completed.
+        assert_eq!(cancelling.after(Event::Complete(None)).unwrap().state, State::Succeeded);
+        let resumed = pausing.after(Event::Ask(Ask::Resume)).unwrap();
+        assert_eq!(resumed.after(Event::Saved).unwrap().state, State::Waiting);
+    }
+
+    proptest! {
+        #[test]
+        fn random_requests_and_events_keep_a_run_legal(choices in prop::collection::vec(0usize..64, 0..60)) {
+            let events = events();
+            let mut condition = Condition::submitted();
+            for choice in choices {
+                let event = events[choice % events.len()];
+                match condition.after(event) {
+                    Ok(after) => {
+                        prop_assert!(after == condition || edges(condition.state).contains(&after.state));
+                        prop_assert_eq!(after.then.is_some(), after.state == State::Saving);
+                        condition = after;
+                    }
+                    Err(refusal) => prop_assert!(!refusal.to_string().is_empty()),
+                }
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The handle to the runs: what clients of the owner may ask, and what they see.
 
 use super::state::{Ask, Refusal, State};
+use crate::config::daemon::DaemonConfig;
 use crate::reason::Reason;
 use crate::units::RunId;
 use std::collections::BTreeMap;
@@ -215,6 +216,7 @@ pub(super) enum Command {
     Inhibit(Inhibition, Reply<OwnedFd>),
     AddModel(String, OwnedFd, Reply<ModelView>),
     RemoveModel(String, Reply<()>),
+    Configure(Box<DaemonConfig>, Reply<()>),
     Shutdown(Reason, oneshot::Sender<()>),
 }
 
@@ -382,6 +384,12 @@ impl Runs {
     /// Removes a registered model that no unfinished run uses.
     pub async fn remove_model(&self, name: String) -> Result<(), RequestError> {
         self.ask(|reply| Command::RemoveModel(name, reply)).await
+    }
+
+    /// Takes over what can change while runs are there: `[limits]`, `[worker]` but for `launch`, and
+    /// `storage.model_directories`.
+    pub async fn configure(&self, config: DaemonConfig) -> Result<(), RequestError> {
+        self.ask(|reply| Command::Configure(Box::new(config), reply)).await
     }
 
     /// Has the active run saved; returns when there is no worker any more. Nothing is started afterwards.

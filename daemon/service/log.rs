@@ -115,7 +115,9 @@ impl LogSwitch for Log {
 
     fn set_target(&self, target: LogTarget) -> Result<(), String> {
         if target == LogTarget::Journal && !self.has_journal {
-            return Err("there is no journal on this machine, or it was not there when the daemon started".into());
+            return Err(
+                "there is no journal on this machine, or it was not there when the daemon started".into()
+            );
         }
         self.target.store(number(target), Ordering::Relaxed);
         Ok(())
@@ -258,8 +260,7 @@ mod tests {
     fn directives_replace_the_level() {
         let memory = Memory::default();
         let writer = memory.clone();
-        let (_, subscriber) =
-            build("info", Some("zbus=info".into()), false, None, move || writer.clone());
+        let (_, subscriber) = build("info", Some("zbus=info".into()), false, None, move || writer.clone());
         tracing::subscriber::with_default(subscriber, || {
             say();
             assert_eq!(memory.take(), ["ERROR of others", "INFO chatter"]);

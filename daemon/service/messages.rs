@@ -60,8 +60,8 @@ mod tests {
     /// The format is that of <https://systemd.io/CATALOG>: `-- id`, headers, an empty line, the text.
     #[test]
     fn the_catalogue_explains_every_id_and_no_other() {
-        let text =
-            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/systemd/finetuned.catalog")).unwrap();
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/systemd/finetuned.catalog"))
+            .unwrap();
         let mut explained = Vec::new();
         for entry in text.split("\n-- ").skip(1) {
             let (id, rest) = entry.split_once('\n').unwrap();
@@ -71,7 +71,10 @@ mod tests {
             assert!(body.split_whitespace().count() > 10, "{id} says nothing: {body}");
             // Only what the events carry can be filled in.
             for field in body.split('@').skip(1).step_by(2).chain(headers.split('@').skip(1).step_by(2)) {
-                assert!(["RUN_ID", "STEP", "REASON", "WHO", "WHY", "STATE"].contains(&field), "{id}: {field}");
+                assert!(
+                    ["RUN_ID", "STEP", "REASON", "WHO", "WHY", "STATE"].contains(&field),
+                    "{id}: {field}"
+                );
             }
             explained.push(id.to_string());
         }

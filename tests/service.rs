@@ -1,0 +1,16 @@
+//! The service as its users meet it: the real daemon, its real workers and the real finetunectl, over a private bus with
+//! the project's own policy, and over a socket without any bus.
+
+#[path = "service/daemon.rs"]
+mod daemon;
+#[path = "exactness/fixture.rs"]
+#[allow(dead_code, reason = "the fixture of the exactness tests, of which these use a part")]
+mod fixture;
+#[path = "service/kills.rs"]
+mod kills;
+#[path = "service/load.rs"]
+mod load;
+#[path = "service/queue.rs"]
+mod queue;
+#[path = "service/runs.rs"]
+mod runs;
