@@ -441,7 +441,7 @@ fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &Log) {
                     Err(error) => tracing::error!(error, "the level of the log stays as it was"),
                 }
             }
-            key => tracing::warn!(key, "has changed and takes effect with the next start of the daemon"),
+            key => tracing::warn!("{key} has changed, and takes effect with the next start of the daemon"),
         }
     }
     tracing::info!("the configuration was read again");
