@@ -407,11 +407,8 @@ fn lock(config: &DaemonConfig) -> Result<OutputLock, ServiceError> {
 fn start_runs(config: &DaemonConfig, heartbeat: Arc<AtomicU64>) -> Result<Runs, ServiceError> {
     let launcher: Arc<dyn Launcher> = match &config.worker.launch {
         Launch::Child => {
-            let priorities = Priorities {
-                nice: config.worker.nice,
-                oom_score_adjust: config.worker.oom_score_adjust,
-                ..Priorities::default()
-            };
+            let priorities =
+                Priorities { nice: config.worker.nice, oom_score_adjust: config.worker.oom_score_adjust };
             let launcher = ChildLauncher::of_this_program(priorities);
             let find = |source| ServiceError::Process { action: "find this program for workers", source };
             Arc::new(launcher.map_err(find)?)
