@@ -237,6 +237,7 @@ impl Owner {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.schedule().await;
         loop {
+            let next = self.next_attempt();
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command).await,
@@ -245,10 +246,17 @@ impl Owner {
                 },
                 message = events.recv() => if let Some(message) = message { self.message(message).await },
                 _ = tick.tick() => self.tick().await,
+                _ = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
             self.schedule().await;
             self.options.heartbeat.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// When the first backoff is over.
+    fn next_attempt(&self) -> Option<Instant> {
+        let now = Instant::now();
+        self.runs.values().filter_map(|run| run.not_before.filter(|at| *at > now)).min()
     }
 
     // ── What clients ask ────────────────────────────────────────────────────────────────────────────────────────────

@@ -115,7 +115,7 @@ impl Daemon {
     pub async fn connection(&self) -> zbus::Result<Connection> {
         match &self.transport {
             Transport::Peer => {
-                let stream = tokio::net::UnixStream::connect(self.path("socket")).await?;
+                let stream = std::os::unix::net::UnixStream::connect(self.path("socket"))?;
                 zbus::connection::Builder::unix_stream(stream).p2p().build().await
             }
             Transport::Bus(address) => zbus::connection::Builder::address(address.as_str()).build().await,
@@ -134,8 +134,7 @@ impl Daemon {
     /// A run, over the connection of `manager`.
     pub async fn run(&self, manager: &ManagerProxy<'static>, path: &OwnedObjectPath) -> RunProxy<'static> {
         let builder = RunProxy::builder(manager.inner().connection());
-        let builder = builder.path(path.clone()).unwrap();
-        builder.cache_properties(zbus::proxy::CacheProperties::No).build().await.unwrap()
+        builder.path(path.clone()).cache_properties(zbus::proxy::CacheProperties::No).build().await.unwrap()
     }
 
     /// finetunectl with these arguments.
@@ -280,10 +279,16 @@ pub async fn submit(
     fixture: &Fixture,
     overrides: &[&str],
     options: HashMap<String, OwnedVariant>,
-) -> zbus::Result<OwnedObjectPath> {
+) -> finetuned::bus::error::Result<OwnedObjectPath> {
     let files = [fixture.path("model"), fixture.path("train.jsonl")];
     let files = files.map(|path| (path.display().to_string(), zbus::OwnedFd::from(opened(&path))));
     manager.submit(spec_text(fixture, overrides), files.into(), options).await
+}
+
+/// The D-Bus name of an error, without its prefix.
+pub fn name<T: std::fmt::Debug>(result: finetuned::bus::error::Result<T>) -> String {
+    let error = result.unwrap_err();
+    zbus::DBusError::name(&error).as_str().rsplit('.').next().unwrap().to_string()
 }
 
 /// A file or directory, opened for reading.

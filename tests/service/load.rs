@@ -3,6 +3,7 @@
 
 use crate::daemon::{Daemon, block_on, submit};
 use crate::fixture::shared;
+use futures_util::StreamExt;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -37,9 +38,8 @@ fn load(runs: usize, clients: usize, reads: usize, idle: Duration) -> Figures {
             watchers.push((
                 connection,
                 tokio::spawn(async move {
-                    use futures_lite_next::next;
                     let mut stream = stream;
-                    while next(&mut stream).await.is_some() {}
+                    while stream.next().await.is_some() {}
                 }),
             ));
         }
@@ -64,16 +64,6 @@ fn load(runs: usize, clients: usize, reads: usize, idle: Duration) -> Figures {
         latencies.sort();
         Figures { submissions, reads: latencies, resident_mib: resident / 1024.0, idle_percent }
     })
-}
-
-/// The next item of a stream, without another crate for it.
-mod futures_lite_next {
-    use std::future::poll_fn;
-    use std::pin::Pin;
-
-    pub async fn next(stream: &mut zbus::MessageStream) -> Option<zbus::Result<zbus::Message>> {
-        poll_fn(|context| futures_core::Stream::poll_next(Pin::new(&mut *stream), context)).await
-    }
 }
 
 fn at(sorted: &[Duration], percent: usize) -> f64 {

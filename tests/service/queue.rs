@@ -1,6 +1,6 @@
 //! Several runs: their order, their limits, and what is refused.
 
-use crate::daemon::{Daemon, block_on, eventually, opened, reaches, spec_text, submit};
+use crate::daemon::{Daemon, block_on, eventually, name, opened, reaches, spec_text, submit};
 use crate::fixture::shared;
 use finetuned::bus::RunProxy;
 use std::collections::HashMap;
@@ -14,14 +14,6 @@ fn options(list: &[(&str, OwnedVariant)]) -> HashMap<String, OwnedVariant> {
 
 fn priority(value: i32) -> HashMap<String, OwnedVariant> {
     options(&[("priority", value.into())])
-}
-
-/// The D-Bus name of an error, without its prefix.
-fn name<T: std::fmt::Debug>(result: zbus::Result<T>) -> String {
-    match result.unwrap_err() {
-        zbus::Error::MethodError(name, _, _) => name.as_str().rsplit('.').next().unwrap().to_string(),
-        other => panic!("{other}"),
-    }
 }
 
 #[test]
@@ -76,12 +68,16 @@ fn what_cannot_be_done_is_refused_by_name() {
         assert_eq!(name(run.pause(options(&[("now", true.into())])).await), "InvalidInput");
         assert_eq!(name(manager.find_run("nobody".into()).await), "NoSuchRun");
         let spec = spec_text(shared(), &[]);
-        assert_eq!(name(manager.submit(spec, HashMap::new(), HashMap::new()).await), "InvalidInput");
-        let none = || HashMap::new();
-        assert_eq!(name(manager.submit("[model".into(), none(), none()).await), "InvalidSpec");
+        let model = shared().path("model");
+        let model = || HashMap::from([(model.display().to_string(), opened(&model).into())]);
+        assert_eq!(name(manager.submit(spec, model(), HashMap::new()).await), "InvalidInput");
+        assert_eq!(
+            name(manager.submit("[model".into(), HashMap::new(), HashMap::new()).await),
+            "InvalidSpec"
+        );
         let named = "[model]\nbase = \"nothing\"\n[data]\ntrain = \"x\"\n".to_string();
         let file = || HashMap::from([("x".to_string(), opened(&shared().path("train.jsonl")).into())]);
-        assert_eq!(name(manager.submit(named, file(), none()).await), "NoSuchModel");
+        assert_eq!(name(manager.submit(named, file(), HashMap::new()).await), "NoSuchModel");
         submit(&manager, shared(), ENDLESS, held()).await.unwrap();
         assert_eq!(name(submit(&manager, shared(), ENDLESS, held()).await), "LimitExceeded");
         assert_eq!(name(manager.find_run("tiny".into()).await), "AmbiguousRun");
