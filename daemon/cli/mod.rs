@@ -3,7 +3,7 @@
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
 //!   run, plan, generate, demo, data, spec, config      the commands
-//!   worker      what the daemon starts; hidden
+//!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
@@ -11,6 +11,7 @@
 mod arguments;
 mod config;
 mod console;
+mod daemon;
 mod data;
 mod demo;
 mod exit;
@@ -30,9 +31,12 @@ use std::process::ExitCode;
 /// LoRA adapter that PEFT, llama.cpp and vLLM can load.
 #[derive(Parser, Debug)]
 #[command(name = "finetuned", version, propagate_version = true, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    #[command(flatten)]
+    daemon: daemon::DaemonArguments,
 }
 
 #[derive(Subcommand, Debug)]
@@ -73,19 +77,26 @@ Example:
     /// Look at a spec
     #[command(subcommand)]
     Spec(spec::SpecCommand),
-    /// Train for the daemon at standard input
-    #[command(hide = true)]
-    Worker(worker::WorkerArguments),
     /// Look at the daemon's configuration
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Train for the daemon at standard input
+    #[command(hide = true)]
+    Worker(worker::WorkerArguments),
 }
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    console::listen();
-    match dispatch(&arguments.command) {
+    let done = match &arguments.command {
+        Some(command) => {
+            console::listen();
+            dispatch(command)
+        }
+        // The daemon's log is its own.
+        None => daemon::command(&arguments.daemon),
+    };
+    match done {
         Ok(exit) => exit.into(),
         Err(failure) => {
             failure.print();
@@ -102,7 +113,7 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Demo(arguments) => demo::command(arguments),
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
-        Command::Worker(arguments) => worker::command(arguments),
         Command::Config(command) => config::command(command),
+        Command::Worker(arguments) => worker::command(arguments),
     }
 }

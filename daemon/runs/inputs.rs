@@ -151,9 +151,10 @@ fn absolute(path: &str) -> PathBuf {
     Path::new(BASE).join(path).components().collect()
 }
 
-/// A path of a parsed spec, as a person knows it.
+/// A path of a parsed spec, as a person knows it. Control characters of a client have no place in messages and logs.
 fn shown(path: &Path) -> String {
-    path.strip_prefix(BASE).unwrap_or(path).display().to_string()
+    let path = path.strip_prefix(BASE).unwrap_or(path).to_string_lossy();
+    path.replace(char::is_control, "\u{fffd}")
 }
 
 type Files<'a> = BTreeMap<PathBuf, &'a OwnedFd>;
@@ -626,6 +627,9 @@ mod tests {
         assert!(lines[0].starts_with("data.train: rows.jsonl: was not passed"), "{refused}");
         assert!(lines[1].starts_with("lora.init_from: old: was not passed"), "{refused}");
         assert!(lines[2].starts_with("row.jsonl: was passed, but the spec does not name it"), "{refused}");
+        let rude = vec![("rows.jsonl", room.file("r", "x")), ("\u{1b}[2J\n", room.file("s", "x"))];
+        let refused = room.refuse(SPEC, rude);
+        assert!(refused.starts_with("\u{fffd}[2J\u{fffd}: was passed, but"), "{refused}");
         let twice = vec![("rows.jsonl", room.file("r", "x")), ("./rows.jsonl", room.file("r", "x"))];
         assert!(room.refuse(SPEC, twice).contains("rows.jsonl: was passed twice"));
         let file = vec![("rows.jsonl", room.file("r", "x")), ("smol", room.file("s", "x"))];

@@ -261,7 +261,7 @@ mod tests {
         let added = models.add("Smol-1.7B", directory(&source), &limits).unwrap();
         assert_eq!((added.name.as_str(), added.architecture.as_str()), ("Smol-1.7B", "LlamaForCausalLM"));
         assert_eq!(added.bytes, 39 + 7 + 2, "config, weights, tokenizer");
-        assert_eq!(models.list(), [added.clone()]);
+        assert_eq!(models.list(), std::slice::from_ref(&added));
         assert_eq!(models.get("Smol-1.7B").unwrap().display().to_string(), added.directory);
         assert_eq!(std::fs::read_dir(dir.path().join("state/models")).unwrap().count(), 1);
         let again = models.add("Smol-1.7B", directory(&source), &limits).unwrap_err().to_string();

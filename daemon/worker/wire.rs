@@ -505,7 +505,8 @@ mod tests {
                 _ => sent.tokens_per_second = bad,
             }
             let sent = Report::Finished(Finished::Complete { summary: Box::new(sent) });
-            prop_assert!(matches!(encode(&sent), Err(WireError::Unsendable { .. })));
+            let refused = matches!(encode(&sent), Err(WireError::Unsendable { .. }));
+            prop_assert!(refused);
         }
     }
 
