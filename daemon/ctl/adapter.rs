@@ -124,9 +124,9 @@ impl Place {
     /// A place that may be written to; looks at it before anything is fetched.
     fn new(target: &Path, force: bool) -> Result<Place, Failure> {
         let shown = target.display();
-        let name = target.file_name().ok_or_else(|| {
-            Failure::new(Exit::Usage, format!("{shown} is no name for a new directory"))
-        })?;
+        let name = target
+            .file_name()
+            .ok_or_else(|| Failure::new(Exit::Usage, format!("{shown} is no name for a new directory")))?;
         let partial = target.with_file_name(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
         let place = Place { target: target.to_path_buf(), partial, force };
         place.check()?;
@@ -256,7 +256,10 @@ mod tests {
         let place = Place::new(&other, false).unwrap();
         fs::create_dir_all(other.join("mine")).unwrap();
         assert!(place.write(files("x")).is_err());
-        assert_eq!((names(directory.path()), names(&other)), (vec!["other".into(), "out".into()], vec!["mine".into()]));
+        assert_eq!(
+            (names(directory.path()), names(&other)),
+            (vec!["other".into(), "out".into()], vec!["mine".into()])
+        );
     }
 
     #[test]

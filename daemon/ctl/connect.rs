@@ -29,7 +29,9 @@ impl Transport {
         let builder = match self {
             Transport::System => zbus::connection::Builder::system(),
             Transport::Session => zbus::connection::Builder::session(),
-            Transport::Peer(address) => zbus::connection::Builder::address(peer_address(address).as_str()).p2p(),
+            Transport::Peer(address) => {
+                zbus::connection::Builder::address(peer_address(address).as_str()).p2p()
+            }
             #[cfg(test)]
             Transport::Ready(connection) => return Ok(connection.clone()),
         };
@@ -51,7 +53,9 @@ impl Transport {
     pub fn again(&self, words: &str) -> String {
         match self {
             Transport::Session => format!("finetunectl --session {words}"),
-            Transport::Peer(address) => format!("finetunectl --peer '{}' {words}", address.replace('\'', r"'\''")),
+            Transport::Peer(address) => {
+                format!("finetunectl --peer '{}' {words}", address.replace('\'', r"'\''"))
+            }
             _ => format!("finetunectl {words}"),
         }
     }
@@ -71,8 +75,9 @@ where
         Ok(answer) => answer.map_err(Failure::from),
         Err(_) => {
             let error = format!("no answer within {} s", limit.as_secs_f64());
-            Err(Failure::new(Exit::Timeout, error)
-                .help("wait longer with --timeout SECONDS, or see what the daemon does: `journalctl -u finetuned`"))
+            Err(Failure::new(Exit::Timeout, error).help(
+                "wait longer with --timeout SECONDS, or see what the daemon does: `journalctl -u finetuned`",
+            ))
         }
     }
 }

@@ -91,7 +91,10 @@ impl Console {
 
     /// Asks a question on the terminal; no terminal, no answer.
     pub fn ask(&self, question: &str) -> Option<bool> {
-        if !matches!(self.target, Target::Standard) || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        if !matches!(self.target, Target::Standard)
+            || !io::stdin().is_terminal()
+            || !io::stderr().is_terminal()
+        {
             return None;
         }
         let _ = write!(io::stderr(), "{question} [y/N] ");

@@ -9,7 +9,7 @@ use super::exit::{Code, Exit, Failure};
 use super::text;
 use crate::bus::NAME;
 use crate::units::Bytes;
-use rustix::process::{getgroups, geteuid};
+use rustix::process::{geteuid, getgroups};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -117,7 +117,11 @@ pub async fn command(context: &Context) -> Result<Code, Failure> {
     } else {
         for check in &checks {
             let word = context.console.paint(check.verdict.colour(), &format!("{:<4}", check.verdict.word()));
-            context.console.line(&format!("{word}  {:<10}  {}", check.name, text::printable(&check.message)))?;
+            context.console.line(&format!(
+                "{word}  {:<10}  {}",
+                check.name,
+                text::printable(&check.message)
+            ))?;
             if !check.help.is_empty() {
                 context.console.line(&format!("{:18}help: {}", "", text::printable(&check.help)))?;
             }
@@ -152,16 +156,20 @@ impl Answers {
         let client = match context.client().await {
             Ok(client) => client,
             Err(failure) => {
-                answers.unreachable = Some(failure.causes.into_iter().chain(failure.errors).next().unwrap_or_default());
+                answers.unreachable =
+                    Some(failure.causes.into_iter().chain(failure.errors).next().unwrap_or_default());
                 return answers;
             }
         };
         answers.bus = client.connection.is_bus();
-        if answers.bus && let Ok(bus) = DBusProxy::new(&client.connection).await {
+        if answers.bus
+            && let Ok(bus) = DBusProxy::new(&client.connection).await
+        {
             let activatable = within(context.limit(), bus.list_activatable_names()).await.unwrap_or_default();
             let names = within(context.limit(), bus.list_names()).await.unwrap_or_default();
             let has = |names: &[OwnedBusName], name: &str| {
-                BusName::try_from(name).is_ok_and(|name| names.iter().any(|known| known.as_str() == name.as_str()))
+                BusName::try_from(name)
+                    .is_ok_and(|name| names.iter().any(|known| known.as_str() == name.as_str()))
             };
             answers.owned = has(&names, NAME);
             answers.activatable = has(&activatable, NAME);
@@ -267,7 +275,11 @@ impl Machine {
             user: context.user(uid.as_raw()),
             groups: groups.iter().filter_map(|gid| name_of(&group, gid.as_raw())).collect(),
             jetson,
-            missing: NODES.iter().map(|(node, _)| *node).filter(|node| !context.file(node).exists()).collect(),
+            missing: NODES
+                .iter()
+                .map(|(node, _)| *node)
+                .filter(|node| !context.file(node).exists())
+                .collect(),
             cuda: LIBRARIES.iter().any(|path| context.file(path).exists()) || listed(),
             available: text("/proc/meminfo").and_then(|text| available(&text)),
             room: state.and_then(|path| Some((path.to_string(), room(&context.file(path))?))),
@@ -309,7 +321,11 @@ fn machine_checks(machine: &Machine) -> Vec<Check> {
         let why = if machine.root { "is root".into() } else { format!("is in group {GROUP}") };
         ok("rights", format!("{} {why} and may submit runs", machine.user))
     } else {
-        warn("rights", format!("{} is not in group {GROUP}: polkit may ask for a password", machine.user), join(GROUP))
+        warn(
+            "rights",
+            format!("{} is not in group {GROUP}: polkit may ask for a password", machine.user),
+            join(GROUP),
+        )
     }];
     match &machine.jetson {
         None => checks.push(ok("board", "no Jetson")),
@@ -330,7 +346,10 @@ fn machine_checks(machine: &Machine) -> Vec<Check> {
             } else {
                 let groups = outside.join(" and ");
                 // The daemon's worker has its own rights.
-                let message = format!("{} is not in {groups}: `finetuned run` cannot open the GPU; runs can", machine.user);
+                let message = format!(
+                    "{} is not in {groups}: `finetuned run` cannot open the GPU; runs can",
+                    machine.user
+                );
                 warn("groups", message, join(&outside.join(",")))
             });
         }
@@ -362,7 +381,8 @@ fn machine_checks(machine: &Machine) -> Vec<Check> {
             _ => ok("disk", message),
         }
     }));
-    let glibc = machine.glibc.as_ref().map_or_else(|| "no glibc".into(), |version| format!("glibc {version}"));
+    let glibc =
+        machine.glibc.as_ref().map_or_else(|| "no glibc".into(), |version| format!("glibc {version}"));
     checks.push(ok("system", format!("Linux {}, {glibc}", machine.kernel)));
     checks
 }
@@ -436,14 +456,24 @@ mod tests {
     fn another_machine_computes_on_its_cpu() {
         let machine = Machine { jetson: None, cuda: false, missing: vec!["/dev/nvmap"], ..jetson() };
         let checks = machine_checks(&machine);
-        assert_eq!(summary(&checks), ["ok rights", "ok board", "warn cuda", "ok memory", "ok disk", "ok system"]);
+        assert_eq!(
+            summary(&checks),
+            ["ok rights", "ok board", "warn cuda", "ok memory", "ok disk", "ok system"]
+        );
         assert_helpful(&checks);
     }
 
     #[test]
     fn the_daemon_is_looked_for_step_by_step() {
         let own = || Some(Ok(env!("CARGO_PKG_VERSION").to_string()));
-        let well = Answers { bus: true, system: true, owned: true, polkit: true, version: own(), ..Answers::default() };
+        let well = Answers {
+            bus: true,
+            system: true,
+            owned: true,
+            polkit: true,
+            version: own(),
+            ..Answers::default()
+        };
         let of = |answers: &Answers| {
             let checks = daemon_checks(answers, "the system bus");
             assert_helpful(&checks);

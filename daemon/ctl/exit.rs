@@ -194,8 +194,9 @@ const UNREACHABLE: &str = "is it running? `systemctl status finetuned`; a daemon
 
 impl From<zbus::Error> for Failure {
     fn from(error: zbus::Error) -> Failure {
-        let unreachable =
-            |cause: String| Failure::new(Exit::Unreachable, "the daemon cannot be reached").because(cause).help(UNREACHABLE);
+        let unreachable = |cause: String| {
+            Failure::new(Exit::Unreachable, "the daemon cannot be reached").because(cause).help(UNREACHABLE)
+        };
         match &error {
             zbus::Error::InputOutput(_) | zbus::Error::Handshake(_) | zbus::Error::Connection(..) => {
                 unreachable(error.to_string())
@@ -229,11 +230,15 @@ impl From<zbus::Error> for Failure {
                         .because(text)
                         .help(NOT_AUTHORIZED)
                 }
-                fdo::Error::LimitsExceeded(text) => Failure::new(Exit::Limit, "a limit of the bus").because(text),
+                fdo::Error::LimitsExceeded(text) => {
+                    Failure::new(Exit::Limit, "a limit of the bus").because(text)
+                }
                 // A run's object goes with the run.
-                fdo::Error::UnknownObject(text) => Failure::new(Exit::NotFound, "the run is not there any more")
-                    .because(text)
-                    .help("`finetunectl list --all` shows every run"),
+                fdo::Error::UnknownObject(text) => {
+                    Failure::new(Exit::NotFound, "the run is not there any more")
+                        .because(text)
+                        .help("`finetunectl list --all` shows every run")
+                }
                 fdo::Error::UnknownMethod(text)
                 | fdo::Error::UnknownInterface(text)
                 | fdo::Error::UnknownProperty(text)

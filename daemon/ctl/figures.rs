@@ -173,12 +173,14 @@ impl Figures {
     /// The page of `show`, without the head. `now_us` is the time, in microseconds since 1970.
     pub fn fields(&self, owner: &str, now_us: u64, zone: &TimeZone) -> Vec<(&'static str, String)> {
         let when = |us| format!("{} ({})", time(us, zone), ago(us, now_us));
-        let share = |total| format!("step {} of {total} ({}), epoch {:.2}", self.step, self.percent(), self.epoch);
+        let share =
+            |total| format!("step {} of {total} ({}), epoch {:.2}", self.step, self.percent(), self.epoch);
         let mut state = self.state_and_reason();
         if let Some(meaning) = meaning(&self.reason) {
             state.push_str(&format!(": {meaning}"));
         }
-        let losses = [self.loss.map(|l| format!("{l:.4}")), self.eval_loss.map(|l| format!("{l:.4} held out"))];
+        let losses =
+            [self.loss.map(|l| format!("{l:.4}")), self.eval_loss.map(|l| format!("{l:.4} held out"))];
         let speed = self.tokens_per_second.map(|speed| format!("{} tok/s", significant(speed, 3)));
         let left = self.remaining_seconds.filter(|_| !self.is_over()).map(text::left);
         let join = |parts: Vec<Option<String>>| parts.into_iter().flatten().collect::<Vec<_>>().join(", ");
@@ -237,7 +239,9 @@ pub fn number_of(dictionary: &Dictionary, key: &str) -> u64 {
 pub fn time(us: u64, zone: &TimeZone) -> String {
     let timestamp = i64::try_from(us).ok().and_then(|us| Timestamp::from_microsecond(us).ok());
     match timestamp {
-        Some(timestamp) => timestamp.to_zoned_datetime(zone.clone()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        Some(timestamp) => {
+            timestamp.to_zoned_datetime(zone.clone()).strftime("%Y-%m-%d %H:%M:%S").to_string()
+        }
         None => format!("{us} µs"),
     }
 }
@@ -251,7 +255,7 @@ pub fn ago(us: u64, now_us: u64) -> String {
 pub fn meaning(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "user" => "somebody asked for it",
-        "inhibited" => "somebody holds all training; `finetunectl status` says who",
+        "inhibited" => "somebody holds all training",
         "preempted" => "a run with a higher priority goes first",
         "backoff" => "the last attempt failed; the next one comes after a pause",
         "daemon-restart" => "the daemon has started again",

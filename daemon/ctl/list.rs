@@ -49,7 +49,9 @@ pub async fn command(arguments: &ListArguments, context: &Context) -> Result<Cod
     if runs.is_empty() {
         context.console.message("no runs; submit one with: finetunectl submit SPEC");
     } else if hidden > 0 {
-        context.console.message(&format!("{} over and not shown; --all shows them", text::count(hidden, "run")));
+        context
+            .console
+            .message(&format!("{} over and not shown; --all shows them", text::count(hidden, "run")));
     }
     Ok(Exit::Done.into())
 }
@@ -62,7 +64,8 @@ pub async fn runs(client: &Client) -> Result<Vec<Figures>, Failure> {
 
 /// Every run that is not over, and the `last` ones that are, in the same order.
 fn select(runs: &[Figures], last: usize) -> Vec<&Figures> {
-    let mut ends: Vec<u64> = runs.iter().filter(|run| run.is_over()).filter_map(|run| run.finished_us).collect();
+    let mut ends: Vec<u64> =
+        runs.iter().filter(|run| run.is_over()).filter_map(|run| run.finished_us).collect();
     ends.sort_unstable_by(|a, b| b.cmp(a));
     let since = if last == 0 { u64::MAX } else { ends.get(last - 1).copied().unwrap_or(0) };
     runs.iter().filter(|run| !run.is_over() || (last > 0 && run.finished_us.unwrap_or(0) >= since)).collect()
@@ -108,10 +111,10 @@ pub async fn show(arguments: &ShowArguments, context: &Context) -> Result<Code, 
     let client = context.client().await?;
     let run = client.find(&arguments.run).await?;
     let figures = Figures::new(&client.properties(run.inner()).await?);
-    let details: Result<Dictionary, Failure> = client.call(run.inner(), "Describe", &(), None).await;
     if arguments.spec || arguments.resolved {
+        let details: Dictionary = client.call(run.inner(), "Describe", &(), None).await?;
         let key = if arguments.spec { "Spec" } else { "ResolvedSpec" };
-        let spec = text_of(&details?, key);
+        let spec = text_of(&details, key);
         let key = if arguments.spec { "spec" } else { "resolved_spec" };
         if context.json {
             context.console.json(json!({ key: spec }))?;
@@ -120,8 +123,8 @@ pub async fn show(arguments: &ShowArguments, context: &Context) -> Result<Code, 
         }
         return Ok(Exit::Done.into());
     }
-    // Who may not see the details sees the rest.
-    let details = match details {
+    // Who may not see the details sees the rest, and is not asked for a password.
+    let details = match client.answer(run.describe()).await {
         Ok(details) => Some(details),
         Err(failure) if failure.exit == Exit::NotAuthorized => None,
         Err(failure) => return Err(failure),
@@ -161,7 +164,8 @@ fn details_json(details: &Dictionary) -> Value {
 
 fn details_fields(details: &Dictionary) -> Vec<(&'static str, String)> {
     let text = |key| text::printable_lines(&text_of(details, key));
-    let mut rows = vec![("Model", text("Model")), ("Directory", text("Directory")), ("Message", text("Message"))];
+    let mut rows =
+        vec![("Model", text("Model")), ("Directory", text("Directory")), ("Message", text("Message"))];
     if let Some(Value::Object(figures)) = summary(details) {
         let lines: Vec<String> = figures
             .iter()

@@ -97,9 +97,12 @@ async fn stream(
             tail = open(&client, &run, method).await?;
             seen.reopened();
         }
-        for look in 0..LOOKS {
+        for _ in 0..LOOKS {
             let last = figures.as_ref().is_none_or(Figures::is_over);
-            for line in tail.lines(last).map_err(|error| Failure::new(Exit::Error, "cannot read it").because(error))? {
+            for line in tail
+                .lines(last)
+                .map_err(|error| Failure::new(Exit::Error, "cannot read it").because(error))?
+            {
                 // What is no JSON is shown as it is.
                 let record = serde_json::from_str(&line).unwrap_or_else(|_| Value::String(line));
                 if seen.is_new(&record) {
@@ -109,7 +112,6 @@ async fn stream(
             if last {
                 return Ok(Exit::Done.into());
             }
-            let _ = look;
             tokio::select! {
                 () = sleep(POLL) => {}
                 _ = &mut interrupted => return Err(Failure::silent(Exit::Interrupted)),

@@ -23,7 +23,8 @@ struct Inhibitor {
 pub async fn command(context: &Context) -> Result<Code, Failure> {
     let client = context.client().await?;
     let daemon = client.properties(client.manager.inner()).await?;
-    let path = daemon.get("ActiveRun").and_then(|path| OwnedObjectPath::try_from(path.try_clone().ok()?).ok());
+    let path =
+        daemon.get("ActiveRun").and_then(|path| OwnedObjectPath::try_from(path.try_clone().ok()?).ok());
     let active = match path {
         Some(path) if Client::is_run(&path) => {
             let run = client.run(path).await?;
@@ -92,7 +93,7 @@ fn page(
         || "none has the device".into(),
         |run| {
             let state = text::printable(&run.state_and_reason());
-            format!("{}\n{state}, {}  {}", run.title(), run.percent(), run.line())
+            format!("{}\n{state}  {}  {}", run.title(), run.percent(), run.line())
         },
     );
     let waiting = (unfinished(daemon) as usize).saturating_sub(usize::from(active.is_some()));
@@ -101,7 +102,11 @@ fn page(
         .map(|hold| {
             let (who, why) = (text::printable(&hold.who), text::printable(&hold.why));
             let user = text::printable(&user(hold.uid));
-            format!("{who} ({user}): {why}, since {} ({})", time(hold.since_us, zone), ago(hold.since_us, now_us))
+            format!(
+                "{who} ({user}): {why}, since {} ({})",
+                time(hold.since_us, zone),
+                ago(hold.since_us, now_us)
+            )
         })
         .collect();
     let rows = [

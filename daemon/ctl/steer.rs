@@ -89,13 +89,20 @@ pub async fn command(order: Order, runs: &[String], context: &Context) -> Result
         match give(order, wanted, &client).await {
             Ok(figures) => {
                 if order == Order::Remove {
-                    objects.push(json!({ "id": figures.id, "name": figures.name, "removed": true, "error": null }));
+                    objects.push(
+                        json!({ "id": figures.id, "name": figures.name, "removed": true, "error": null }),
+                    );
                 } else {
                     objects.push(with_error(figures.json(), Value::Null));
                 }
                 if !context.json {
-                    let now = if order == Order::Remove { "removed".into() } else { figures.state_and_reason() };
-                    context.console.line(&format!("{}: {}", figures.title(), super::text::printable(&now)))?;
+                    let now =
+                        if order == Order::Remove { "removed".into() } else { figures.state_and_reason() };
+                    context.console.line(&format!(
+                        "{}: {}",
+                        figures.title(),
+                        super::text::printable(&now)
+                    ))?;
                 }
             }
             Err(mut failure) => {
@@ -112,8 +119,7 @@ pub async fn command(order: Order, runs: &[String], context: &Context) -> Result
                     "exit_code": failure.exit as u8,
                 });
                 objects.push(with_error(json!({ "run": wanted }), error));
-                failure.errors =
-                    vec![format!("cannot {} {wanted}: {}", order.word(), failure.summary())];
+                failure.errors = vec![format!("cannot {} {wanted}: {}", order.word(), failure.summary())];
                 context.console.failure(&failure);
             }
         }

@@ -186,14 +186,14 @@ fn written(text: &str) -> HashMap<&'static str, Vec<String>> {
 impl Named {
     /// Opens it for reading. What it is is looked at first: opening a pipe would wait for its other end.
     fn open(&self) -> Result<OwnedFd, Failure> {
-        let what = |problem: String| {
-            Failure::new(Exit::Usage, format!("{}: {problem}", self.key))
-        };
+        let what = |problem: String| Failure::new(Exit::Usage, format!("{}: {problem}", self.key));
         let shown = self.path.display();
         let cannot = |error: std::io::Error| {
             let failure = what(format!("cannot open {shown}")).because(&error);
             match error.kind() {
-                std::io::ErrorKind::PermissionDenied => failure.help("it is opened with your rights, not the daemon's"),
+                std::io::ErrorKind::PermissionDenied => {
+                    failure.help("it is opened with your rights, not the daemon's")
+                }
                 _ if self.key == "model.base" => failure.help(
                     "a directory with a model, or the name of a registered one: `finetunectl model list`",
                 ),
@@ -217,7 +217,8 @@ mod tests {
     use super::*;
     use std::fs;
 
-    const SPEC: &str = "[model]\nbase = './base'\n[data]\ntrain = ['a.jsonl', \"../x/b.jsonl\"]\neval = 'e.jsonl'\n";
+    const SPEC: &str =
+        "[model]\nbase = './base'\n[data]\ntrain = ['a.jsonl', \"../x/b.jsonl\"]\neval = 'e.jsonl'\n";
 
     fn directory() -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
@@ -249,7 +250,8 @@ mod tests {
     fn overrides_are_in_the_text_that_is_sent() {
         let directory = directory();
         let spec = directory.path().join("x/night.toml");
-        let set = ["train.max_steps=7".to_string(), "data.train=e.jsonl".into(), "data.eval_fraction=0.1".into()];
+        let set =
+            ["train.max_steps=7".to_string(), "data.train=e.jsonl".into(), "data.eval_fraction=0.1".into()];
         // The file has data.eval, which excludes eval_fraction.
         let parcel = Parcel::pack(&spec, &set[..2]).unwrap();
         let absolute = |name: &str| spec.with_file_name(name).to_str().unwrap().to_string();
@@ -271,7 +273,11 @@ mod tests {
             fs::write(&spec, format!("[model]\nbase = '{path}'\n[data]\ntrain = 'a.jsonl'\n")).unwrap();
             let failure = Parcel::pack(&spec, &[]).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage);
-            assert!(failure.lines()[0].starts_with("error: model.base: cannot open"), "{:?}", failure.lines());
+            assert!(
+                failure.lines()[0].starts_with("error: model.base: cannot open"),
+                "{:?}",
+                failure.lines()
+            );
         }
     }
 
@@ -294,6 +300,9 @@ mod tests {
         let names: Vec<String> = (0..16).map(|i| format!("{i}.jsonl")).collect();
         names.iter().for_each(|name| fs::write(spec.with_file_name(name), "").unwrap());
         let many = refused(&format!("[model]\nbase = 'base'\n[data]\ntrain = {names:?}\n"));
-        assert!(many.contains("names 17 files and directories; a message to the daemon carries 16"), "{many}");
+        assert!(
+            many.contains("names 17 files and directories; a message to the daemon carries 16"),
+            "{many}"
+        );
     }
 }

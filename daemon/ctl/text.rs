@@ -135,7 +135,10 @@ mod tests {
 
     #[test]
     fn hostile_characters_are_escaped() {
-        assert_eq!(printable("naïve\x1b[31m\r\n\u{9b}31m\u{202e}x"), r"naïve\u{1b}[31m\r\n\u{9b}31m\u{202e}x");
+        assert_eq!(
+            printable("naïve\x1b[31m\r\n\u{9b}31m\u{202e}x"),
+            r"naïve\u{1b}[31m\r\n\u{9b}31m\u{202e}x"
+        );
         assert_eq!(printable_lines("a\n\tb\x07"), "a\n\tb\\u{7}");
     }
 

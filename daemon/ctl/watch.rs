@@ -78,13 +78,15 @@ async fn active(client: &Client) -> Result<RunProxy<'static>, Failure> {
     if Client::is_run(&path) {
         return client.run(path).await;
     }
-    let unfinished: Vec<Figures> = list::runs(client).await?.into_iter().filter(|run| !run.is_over()).collect();
+    let unfinished: Vec<Figures> =
+        list::runs(client).await?.into_iter().filter(|run| !run.is_over()).collect();
     match &unfinished[..] {
         [] => Err(Failure::new(Exit::NothingToDo, "there is nothing to watch: every run is over")
             .help("`finetunectl submit SPEC --watch` submits a run and watches it")),
         [one] => client.find(&one.id).await,
         several => {
-            let error = format!("no run has the device, and {} are not over", text::count(several.len(), "run"));
+            let error =
+                format!("no run has the device, and {} are not over", text::count(several.len(), "run"));
             Err(Failure::new(Exit::NotFound, error).help("say which: `finetunectl list` shows them"))
         }
     }
@@ -140,7 +142,8 @@ pub async fn wait_for(
         }
     };
     let late = || {
-        let error = format!("{} is not over after {} s", figures.title(), limit.unwrap_or_default().as_secs_f64());
+        let error =
+            format!("{} is not over after {} s", figures.title(), limit.unwrap_or_default().as_secs_f64());
         Failure::new(Exit::Timeout, error).help("it goes on; wait for it again, or watch it")
     };
     tokio::select! {
