@@ -72,7 +72,7 @@ pub async fn metrics(arguments: &MetricsArguments, context: &Context) -> Result<
     stream(context, &arguments.run, "OpenMetrics", arguments.follow, print).await
 }
 
-/// Prints the records of a file, and what is added to it until the run is over.
+/// Prints the records of a file, and with `follow` what is added to it until the run is over.
 async fn stream(
     context: &Context,
     wanted: &str,
@@ -82,11 +82,22 @@ async fn stream(
 ) -> Result<Code, Failure> {
     let client = context.client().await?;
     let run = client.find(wanted).await?;
-    let mut tail = open(&client, &run, method).await?;
+    tokio::select! {
+        ended = print_records(&client, &run, method, follow, print) => ended.map(|()| Exit::Done.into()),
+        _ = context.interrupts.next(), if follow => Err(Failure::silent(Exit::Interrupted)),
+    }
+}
+
+async fn print_records(
+    client: &Client,
+    run: &RunProxy<'_>,
+    method: &'static str,
+    follow: bool,
+    print: impl Fn(&Value) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut tail = open(client, run, method).await?;
     let mut seen = Seen::default();
     let mut attempts = None;
-    let interrupted = context.interrupts.next();
-    tokio::pin!(interrupted);
     loop {
         // First the question, then the file: what a run says last is in the file before it is over.
         let figures = if follow { Some(Figures::new(&client.properties(run.inner()).await?)) } else { None };
@@ -94,40 +105,38 @@ async fn stream(
             && attempts.replace(figures.attempts).is_some_and(|before| before != figures.attempts)
         {
             // A new attempt cuts off what its checkpoint does not know, which makes another file of metrics.
-            tail = open(&client, &run, method).await?;
+            tail = open(client, run, method).await?;
             seen.reopened();
         }
+        let last = figures.as_ref().is_none_or(Figures::is_over);
         for _ in 0..LOOKS {
-            let last = figures.as_ref().is_none_or(Figures::is_over);
-            for line in tail
-                .lines(last)
-                .map_err(|error| Failure::new(Exit::Error, "cannot read it").because(error))?
-            {
+            for line in tail.lines(last).map_err(unreadable)? {
                 // What is no JSON is shown as it is.
-                let record = serde_json::from_str(&line).unwrap_or_else(|_| Value::String(line));
+                let record = serde_json::from_str(&line).unwrap_or(Value::String(line));
                 if seen.is_new(&record) {
                     print(&record)?;
                 }
             }
             if last {
-                return Ok(Exit::Done.into());
+                return Ok(());
             }
-            tokio::select! {
-                () = sleep(POLL) => {}
-                _ = &mut interrupted => return Err(Failure::silent(Exit::Interrupted)),
-            }
+            sleep(POLL).await;
         }
     }
 }
 
+fn unreadable(error: io::Error) -> Failure {
+    Failure::new(Exit::Error, "cannot read what the daemon has opened").because(error)
+}
+
 async fn open(client: &Client, run: &RunProxy<'_>, method: &'static str) -> Result<Tail, Failure> {
     let file: OwnedFd = client.call(run.inner(), method, &Dictionary::new(), None).await?;
-    Tail::new(file).map_err(|error| Failure::new(Exit::Error, "cannot read it").because(error))
+    Ok(Tail::new(file))
 }
 
 /// The training losses in a file of metrics.
 pub fn losses(metrics: OwnedFd) -> Vec<f64> {
-    let lines = Tail::new(metrics).and_then(|mut tail| tail.lines(true)).unwrap_or_default();
+    let lines = Tail::new(metrics).lines(true).unwrap_or_default();
     lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok()?.get("loss")?.as_f64()).collect()
 }
 
@@ -138,9 +147,8 @@ struct Tail {
 }
 
 impl Tail {
-    fn new(file: OwnedFd) -> io::Result<Tail> {
-        let file = File::from(std::os::fd::OwnedFd::from(file));
-        Ok(Tail { file, partial: Vec::new() })
+    fn new(file: OwnedFd) -> Tail {
+        Tail { file: File::from(std::os::fd::OwnedFd::from(file)), partial: Vec::new() }
     }
 
     /// The lines that were completed since the last time. `last`: nothing more will come, so a line without its end is
@@ -186,24 +194,21 @@ struct Seen {
     before: [Option<u64>; 2],
     /// Greatest step so far.
     now: [Option<u64>; 2],
-    /// Records with a time.
+    /// Records of the journal: printed before, and read since.
     journal: [u64; 2],
-    reopened: bool,
 }
 
 impl Seen {
     fn reopened(&mut self) {
         self.before = self.now;
-        self.journal = [self.journal[1], 0];
-        self.reopened = true;
+        self.journal = [self.journal[0].max(self.journal[1]), 0];
     }
 
     fn is_new(&mut self, record: &Value) -> bool {
         if record.get("time_us").is_some() || record.get("step").is_none() {
             // The journal is only ever added to: as many records as were printed come again.
             self.journal[1] += 1;
-            let new = !self.reopened || self.journal[1] > self.journal[0];
-            return new;
+            return self.journal[1] > self.journal[0];
         }
         let kind = usize::from(record.get("eval_loss").is_some());
         let step = record["step"].as_u64();

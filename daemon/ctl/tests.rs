@@ -245,7 +245,8 @@ async fn orders() {
 #[tokio::test]
 async fn refusals() {
     let bench = Bench::new(world()).await;
-    let errors: [(fn(String) -> Error, u8, &str); 16] = [
+    type Refused = (fn(String) -> Error, u8, &'static str);
+    let errors: [Refused; 16] = [
         (Error::NoSuchRun, 4, "NoSuchRun"),
         (Error::AmbiguousRun, 4, "AmbiguousRun"),
         (Error::NoSuchModel, 4, "NoSuchModel"),

@@ -43,7 +43,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const LINE: Duration = Duration::from_secs(10);
 
 /// Losses in the sparkline.
-const SPARKS: usize = 16;
+const SPARKS: usize = 24;
 
 /// Parts of a run that the bar tells apart.
 const PARTS: f64 = 10_000.0;
@@ -179,28 +179,36 @@ async fn follow(
     let mut heartbeat = interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !figures.is_over() {
+        let next = async {
+            let message = tokio::select! {
+                message = changes.next() => message.ok_or_else(cut)?.map_err(Failure::from)?,
+                _ = heartbeat.tick() => return look(context, client, run).await,
+            };
+            let changed: Result<(String, Dictionary, Vec<String>), _> = message.body().deserialize();
+            match changed {
+                Ok((_, changed, invalidated)) if invalidated.is_empty() => {
+                    let mut figures = figures.clone();
+                    figures.apply(&changed);
+                    Ok(figures)
+                }
+                _ => look(context, client, run).await,
+            }
+        };
         tokio::select! {
+            next = next => figures = next?,
             _ = &mut interrupted => {
                 watcher.finish();
                 return Err(detach(context, &figures));
             }
-            change = changes.next() => {
-                let message = change.ok_or_else(|| Failure::from(zbus::Error::from(std::io::Error::from(
-                    std::io::ErrorKind::ConnectionReset,
-                ))))?;
-                let message = message.map_err(Failure::from)?;
-                let body = message.body();
-                let changed: Result<(String, Dictionary, Vec<String>), _> = body.deserialize();
-                match changed {
-                    Ok((_, changed, invalidated)) if invalidated.is_empty() => figures.apply(&changed),
-                    _ => figures = look(context, client, run).await?,
-                }
-            }
-            _ = heartbeat.tick() => figures = look(context, client, run).await?,
         }
         watcher.show(&figures)?;
     }
     Ok(figures)
+}
+
+/// The connection was closed at the other end.
+fn cut() -> Failure {
+    zbus::Error::from(std::io::Error::from(std::io::ErrorKind::ConnectionReset)).into()
 }
 
 /// The signals of a run.
@@ -229,10 +237,7 @@ async fn look(context: &Context, client: &Client, run: &RunProxy<'_>) -> Result<
                     context.console.message("the daemon is away; its runs go on when it is back");
                     said = true;
                 }
-                tokio::select! {
-                    () = sleep(RETRY) => {}
-                    _ = context.interrupts.next() => return Err(Failure::silent(Exit::Interrupted)),
-                }
+                sleep(RETRY).await;
             }
             Err(failure) => return Err(failure),
         }
@@ -315,7 +320,7 @@ impl<'a> Watcher<'a> {
         let view = if context.json {
             View::Json
         } else if let Some(shown) = context.console.bar() {
-            let style = ProgressStyle::with_template("{prefix} [{bar:26}] {wide_msg}");
+            let style = ProgressStyle::with_template("{wide_msg}\n[{bar:40}] {prefix}");
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ");
             shown.bar.set_style(style);
             shown.bar.set_length(PARTS as u64);
@@ -340,8 +345,8 @@ impl<'a> Watcher<'a> {
             View::Json => self.context.console.json(json!({ "run": figures.json() }))?,
             View::Bar(shown) => {
                 shown.bar.set_position((figures.progress * PARTS) as u64);
-                shown.bar.set_prefix(state);
-                shown.bar.set_message(figures_line(figures, &self.losses));
+                shown.bar.set_message(format!("{state}  {}", figures.line()));
+                shown.bar.set_prefix(text::sparkline(&self.losses, SPARKS));
             }
             View::Lines => {
                 let now = self.context.clock.monotonic();
@@ -361,32 +366,9 @@ impl<'a> Watcher<'a> {
     }
 }
 
-/// The bar's figures, and the curve of the loss.
-fn figures_line(figures: &Figures, losses: &[f64]) -> String {
-    let sparks = text::sparkline(losses, SPARKS);
-    let line = figures.line();
-    if losses.len() > 1 { format!("{line}  {sparks}") } else { line }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_bar_has_the_curve() {
-        let figures = Figures {
-            state: "running".into(),
-            step: 46,
-            total_steps: Some(120),
-            loss: Some(1.23451),
-            tokens_per_second: Some(312.4),
-            remaining_seconds: Some(130),
-            ..Figures::default()
-        };
-        let line = "46/120  loss 1.2345  312 tok/s  2 min 10 s left";
-        assert_eq!(figures_line(&figures, &[2.0]), line);
-        assert_eq!(figures_line(&figures, &[2.0, 1.5, 1.0]), format!("{line}  █▅▁"));
-    }
 
     #[test]
     fn success_is_told_in_one_line() {
