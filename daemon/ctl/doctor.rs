@@ -9,7 +9,7 @@ use super::exit::{Code, Exit, Failure};
 use super::text;
 use crate::bus::NAME;
 use crate::units::Bytes;
-use rustix::process::{geteuid, getgroups};
+use rustix::process::{getegid, geteuid, getgroups};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -237,6 +237,8 @@ struct Machine {
     groups: Vec<String>,
     /// The board and its release, if it is a Jetson.
     jetson: Option<String>,
+    /// It is an Orin.
+    orin: bool,
     /// Nodes of the GPU that are missing.
     missing: Vec<&'static str>,
     /// libcuda is there.
@@ -254,11 +256,12 @@ impl Machine {
         let read = |path: &str| fs::read(context.file(path)).ok();
         let text = |path: &str| read(path).map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "));
         let group = context.file("/etc/group");
-        let groups = getgroups().unwrap_or_default();
+        let mut groups = getgroups().unwrap_or_default();
+        groups.push(getegid());
         let compatible = text("/proc/device-tree/compatible").unwrap_or_default();
-        let tegra = compatible.contains("nvidia,tegra234") || compatible.contains("nvidia,tegra264");
+        let orin = compatible.contains("nvidia,tegra234");
         let release = text("/etc/nv_tegra_release");
-        let jetson = (tegra || release.is_some()).then(|| {
+        let jetson = (orin || release.is_some()).then(|| {
             let model = text("/proc/device-tree/model").unwrap_or_else(|| "a Jetson".into());
             let release = release.unwrap_or_else(|| "L4T unknown".into());
             let release = release.lines().next().unwrap_or_default();
@@ -275,6 +278,7 @@ impl Machine {
             user: context.user(uid.as_raw()),
             groups: groups.iter().filter_map(|gid| name_of(&group, gid.as_raw())).collect(),
             jetson,
+            orin,
             missing: NODES
                 .iter()
                 .map(|(node, _)| *node)
@@ -318,8 +322,12 @@ fn machine_checks(machine: &Machine) -> Vec<Check> {
     let member = |group: &str| machine.root || machine.groups.iter().any(|of| of == group);
     let join = |group: &str| format!("`sudo usermod -aG {group} {}`, then log in again", machine.user);
     let mut checks = vec![if member(GROUP) {
-        let why = if machine.root { "is root".into() } else { format!("is in group {GROUP}") };
-        ok("rights", format!("{} {why} and may submit runs", machine.user))
+        let may = if machine.root {
+            "do everything".into()
+        } else {
+            format!("submit runs: it is in group {GROUP}")
+        };
+        ok("rights", format!("{} may {may}", machine.user))
     } else {
         warn(
             "rights",
@@ -329,6 +337,12 @@ fn machine_checks(machine: &Machine) -> Vec<Check> {
     }];
     match &machine.jetson {
         None => checks.push(ok("board", "no Jetson")),
+        // Others have other nodes.
+        Some(board) if !machine.orin => checks.push(warn(
+            "board",
+            format!("{board}: no Orin, the only Jetson that finetuned is made for"),
+            "`finetunectl submit` with train.backend = \"cpu\" works on every Linux machine",
+        )),
         Some(board) => {
             checks.push(ok("board", board));
             checks.push(if machine.missing.is_empty() {
@@ -407,6 +421,7 @@ mod tests {
             user: "robot".into(),
             groups: vec!["finetuned".into(), "video".into(), "render".into()],
             jetson: Some("NVIDIA Jetson AGX Orin Developer Kit, R36 (release)".into()),
+            orin: true,
             cuda: true,
             available: Some(Bytes(40 << 30)),
             room: Some(("/var/lib/finetuned".into(), Bytes(100 << 30))),
@@ -453,8 +468,20 @@ mod tests {
     }
 
     #[test]
+    fn another_jetson_is_not_judged_by_the_nodes_of_this_one() {
+        let machine = Machine { orin: false, missing: vec!["/dev/nvmap"], ..jetson() };
+        let checks = machine_checks(&machine);
+        assert_eq!(
+            summary(&checks),
+            ["ok rights", "warn board", "ok cuda", "ok memory", "ok disk", "ok system"]
+        );
+        assert_helpful(&checks);
+    }
+
+    #[test]
     fn another_machine_computes_on_its_cpu() {
-        let machine = Machine { jetson: None, cuda: false, missing: vec!["/dev/nvmap"], ..jetson() };
+        let machine =
+            Machine { jetson: None, orin: false, cuda: false, missing: vec!["/dev/nvmap"], ..jetson() };
         let checks = machine_checks(&machine);
         assert_eq!(
             summary(&checks),

@@ -4,7 +4,7 @@ use super::connect::Client;
 use super::context::Context;
 use super::exit::{Code, Exit, Failure};
 use super::figures::Figures;
-use super::text::count;
+use super::text;
 use crate::bus::Dictionary;
 use clap::Args;
 use serde_json::{Value, json};
@@ -98,11 +98,7 @@ pub async fn command(order: Order, runs: &[String], context: &Context) -> Result
                 if !context.json {
                     let now =
                         if order == Order::Remove { "removed".into() } else { figures.state_and_reason() };
-                    context.console.line(&format!(
-                        "{}: {}",
-                        figures.title(),
-                        super::text::printable(&now)
-                    ))?;
+                    context.console.line(&format!("{}: {}", figures.title(), text::printable(&now)))?;
                 }
             }
             Err(mut failure) => {
@@ -151,7 +147,7 @@ async fn give(order: Order, wanted: &str, client: &Client) -> Result<Figures, Fa
 
 /// Runs `remove`: asks first, where there is somebody to ask.
 pub async fn remove(arguments: &RemoveArguments, context: &Context) -> Result<Code, Failure> {
-    let question = format!("delete {} with all files?", count(arguments.runs.len(), "run"));
+    let question = format!("delete {} with all files?", text::printable(&arguments.runs.join(", ")));
     if !arguments.yes && context.console.ask(&question) == Some(false) {
         return Err(Failure::new(Exit::NothingToDo, "nothing was removed"));
     }

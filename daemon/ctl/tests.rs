@@ -492,6 +492,14 @@ async fn inhibit() {
     let mut hold = bench.shared.world().holds.pop().unwrap();
     assert_eq!(hold.read(&mut [0]).unwrap(), 0);
     assert_eq!(bench.run(&["inhibit", "--why", "x", "--", "/no/such/program"]).await.code, 127);
+    // Ctrl-C is for the command, which may want to live on.
+    let interrupt = async {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        bench.interrupt.notify_one();
+    };
+    let words = ["inhibit", "--why", "x", "--", "sh", "-c", "sleep 0.2; exit 4"];
+    let (ran, ()) = tokio::join!(bench.run(&words), interrupt);
+    assert_eq!(ran.code, 4);
     bench.interrupt.notify_one();
     let ran = bench.run(&["inhibit", "--why", "x", "--who", "me"]).await;
     assert_eq!((ran.code, ran.err.as_str()), (0, "training is held; Ctrl-C lets it go on\n"));
@@ -573,6 +581,36 @@ async fn doctor() {
     let ran = bench.run(&["doctor"]).await;
     assert_eq!(ran.code, 1);
     assert!(ran.out.contains("fail  daemon"), "{}", ran.out);
+}
+
+/// The facts of a machine are found where a Jetson has them.
+#[tokio::test]
+async fn doctor_on_a_jetson() {
+    let bench = Bench::new(world()).await;
+    let write = |path: &str, text: &str| {
+        let path = bench.directory().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("proc/device-tree/compatible", "nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0");
+    write("proc/device-tree/model", "NVIDIA Jetson AGX Orin Developer Kit\0");
+    write("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 1\n");
+    write("proc/meminfo", "MemTotal: 64 kB\nMemAvailable:   1048576 kB\n");
+    for node in ["dev/nvmap", "dev/nvgpu/igpu0/ctrl", "dev/host1x-fence"] {
+        write(node, "");
+    }
+    let object = json(&bench.run(&["doctor", "--json"]).await.out);
+    let message = |name: &str| {
+        let check = object["checks"].as_array().unwrap().iter().find(|check| check["name"] == name).unwrap();
+        format!("{} {}", check["verdict"].as_str().unwrap(), check["message"].as_str().unwrap())
+    };
+    assert_eq!(message("board"), "ok NVIDIA Jetson AGX Orin Developer Kit, R36 (release), REVISION: 4.3");
+    assert_eq!(message("nodes"), "fail missing: /dev/dri/renderD128");
+    assert_eq!(message("cuda"), "fail libcuda.so.1 is not there");
+    assert_eq!(message("memory"), "warn 1.0 GiB available");
+    write("etc/ld.so.cache", "glibc-ld.so.cache1.1 libc.so.6 libcuda.so.1 /usr/lib");
+    let object = bench.run(&["doctor"]).await.out;
+    assert!(object.contains("ok    cuda"), "{object}");
 }
 
 /// The definition of the command line has no contradiction, and its help names every exit code.
