@@ -416,6 +416,19 @@ impl Clock for Still {
     fn sleep(&self, _: Duration) {}
 }
 
+/// The daemon at one end of a socket.
+async fn serve(shared: &Shared, socket: UnixStream) -> zbus::Result<Connection> {
+    let mut server = zbus::connection::Builder::unix_stream(socket)
+        .server(Guid::generate())
+        .p2p()
+        .serve_at(ROOT, FakeManager(shared.clone()));
+    let ids: Vec<String> = shared.world().runs.iter().map(|run| run.id.clone()).collect();
+    for id in ids {
+        server = server.serve_at(path(&id), FakeRun(shared.clone(), id));
+    }
+    server.build().await
+}
+
 /// A daemon and a way to run commands against it.
 pub struct Bench {
     pub shared: Shared,
@@ -429,16 +442,8 @@ impl Bench {
     pub async fn new(world: World) -> Bench {
         let shared = Shared(Arc::new(Mutex::new(world)), Arc::default(), Arc::default());
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut server = zbus::connection::Builder::unix_stream(theirs)
-            .server(Guid::generate())
-            .p2p()
-            .serve_at(ROOT, FakeManager(shared.clone()));
-        let ids: Vec<String> = shared.world().runs.iter().map(|run| run.id.clone()).collect();
-        for id in ids {
-            server = server.serve_at(path(&id), FakeRun(shared.clone(), id));
-        }
         let client = zbus::connection::Builder::unix_stream(ours).p2p();
-        let (server, client) = tokio::try_join!(server.build(), client.build()).unwrap();
+        let (server, client) = tokio::try_join!(serve(&shared, theirs), client.build()).unwrap();
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::fs::write(root.path().join("etc/passwd"), "root:x:0:0::/:\nrobot:x:1000:1000::/:\n").unwrap();
@@ -466,6 +471,11 @@ impl Bench {
         let code = super::finish(super::dispatch(&arguments.command, &context).await, &context).0;
         let (out, err) = text.lock().unwrap().clone();
         Ran { code, out, err }
+    }
+
+    /// Another connection to the same daemon.
+    pub async fn serve(&self, socket: UnixStream) -> Connection {
+        serve(&self.shared, socket).await.unwrap()
     }
 
     /// The daemon goes away.

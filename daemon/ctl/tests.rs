@@ -291,6 +291,26 @@ async fn a_daemon_that_is_gone_is_unreachable() {
     assert!(ran.err.contains("systemctl status finetuned") && ran.err.contains("--session"), "{}", ran.err);
 }
 
+/// The way through a socket, with its handshake.
+#[tokio::test]
+async fn a_daemon_at_an_address() {
+    let bench = Bench::new(world()).await;
+    let socket = bench.directory().join("peer");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let transport = super::connect::Transport::Peer(socket.display().to_string());
+    let limit = std::time::Duration::from_secs(10);
+    // The kernel connects before anybody accepts, so one thread can do both.
+    let accepted = async {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        bench.serve(listener.accept().unwrap().0).await
+    };
+    let (connection, server) = tokio::join!(transport.connect(limit), accepted);
+    let client = super::connect::Client::new(connection.unwrap(), limit, limit, false).await.unwrap();
+    assert_eq!(client.answer(client.manager.version()).await.unwrap(), "0.1.0");
+    assert_eq!(super::list::runs(&client).await.unwrap().len(), 3);
+    drop(server);
+}
+
 #[tokio::test]
 async fn records() {
     let bench = Bench::new(world()).await;
