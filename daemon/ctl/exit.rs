@@ -151,9 +151,10 @@ impl From<bus::Error> for Failure {
         let named = |exit, name, text: String| Failure { name: Some(name), ..Failure::new(exit, text) };
         match error {
             ZBus(error) => error.into(),
-            NoSuchRun(text) => named(Exit::NotFound, "NoSuchRun", text)
-                .help("`finetunectl list --all` shows every run; RUN is a name, an id, or the beginning of an id"),
-            AmbiguousRun(text) => named(Exit::NotFound, "AmbiguousRun", text).help("give the id, or more of its digits"),
+            NoSuchRun(text) => named(Exit::NotFound, "NoSuchRun", text).help(WHICH_RUN),
+            AmbiguousRun(text) => {
+                named(Exit::NotFound, "AmbiguousRun", text).help("give the id, or more of its digits")
+            }
             NoSuchModel(text) => named(Exit::NotFound, "NoSuchModel", text)
                 .help("`finetunectl model list` shows the registered ones"),
             // Every mistake, a line each.
@@ -162,28 +163,34 @@ impl From<bus::Error> for Failure {
                 ..named(Exit::Usage, "InvalidSpec", String::new())
             },
             InvalidInput(text) => named(Exit::Usage, "InvalidInput", text),
-            NotAuthorized(text) => {
-                named(Exit::NotAuthorized, "NotAuthorized", text).help(NOT_AUTHORIZED)
-            }
-            LimitExceeded(text) => named(Exit::Limit, "LimitExceeded", text)
-                .help("wait until something ends, remove what is not needed, or raise the key in [limits] of finetuned.toml"),
-            NoSpace(text) => named(Exit::Error, "NoSpace", text)
-                .help("free space where the daemon keeps its runs: `finetunectl remove RUN` deletes a run that is over"),
+            NotAuthorized(text) => named(Exit::NotAuthorized, "NotAuthorized", text).help(NOT_AUTHORIZED),
+            LimitExceeded(text) => named(Exit::Limit, "LimitExceeded", text).help(LIMITS),
+            NoSpace(text) => named(Exit::Error, "NoSpace", text).help(SPACE),
             AlreadyOver(text) => named(Exit::NothingToDo, "AlreadyOver", text),
             AlreadyPaused(text) => named(Exit::NothingToDo, "AlreadyPaused", text),
             NotPaused(text) => named(Exit::NothingToDo, "NotPaused", text),
             BeingCancelled(text) => named(Exit::NothingToDo, "BeingCancelled", text),
-            NotActive(text) => named(Exit::Error, "NotActive", text)
-                .help("`finetunectl watch RUN` shows when it trains"),
-            NotOver(text) => named(Exit::Error, "NotOver", text)
-                .help("wait for its end, or `finetunectl cancel RUN`"),
-            Failed(text) => named(Exit::Error, "Failed", text),
-            ShuttingDown(text) => {
-                named(Exit::Unreachable, "ShuttingDown", text).help("try again when it is up: `systemctl status finetuned`")
+            NotActive(text) => {
+                named(Exit::Error, "NotActive", text).help("`finetunectl watch RUN` shows when it trains")
             }
+            NotOver(text) => {
+                named(Exit::Error, "NotOver", text).help("wait for its end, or `finetunectl cancel RUN`")
+            }
+            Failed(text) => named(Exit::Error, "Failed", text),
+            ShuttingDown(text) => named(Exit::Unreachable, "ShuttingDown", text)
+                .help("try again when it is up: `systemctl status finetuned`"),
         }
     }
 }
+
+const WHICH_RUN: &str =
+    "`finetunectl list --all` shows every run; RUN is a name, an id, or the beginning of an id";
+
+const LIMITS: &str =
+    "wait until something ends, remove what is not needed, or raise the key in [limits] of finetuned.toml";
+
+const SPACE: &str =
+    "free space where the daemon keeps its runs: `finetunectl remove RUN` deletes a run that is over";
 
 const NOT_AUTHORIZED: &str = "a member of group finetuned may submit runs and steer its own: \
      `sudo usermod -aG finetuned $USER`, then log in again; others' runs, models and holds need an administrator \

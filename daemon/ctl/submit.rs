@@ -145,8 +145,10 @@ impl Parcel {
                 "the spec names {} files and directories; a message to the daemon carries {MOST_FILES}",
                 files.len()
             );
-            return Err(Failure::new(Exit::Usage, error)
-                .help("join files of data.train (`cat a.jsonl b.jsonl > all.jsonl`), or register the model: `finetunectl model add`"));
+            return Err(Failure::new(Exit::Usage, error).help(
+                "join files of data.train (`cat a.jsonl b.jsonl > all.jsonl`), \
+                 or register the model: `finetunectl model add`",
+            ));
         }
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Parcel { name, text, files })
