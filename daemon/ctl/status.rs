@@ -1,0 +1,120 @@
+//! `finetunectl status`: the daemon at a glance.
+
+use super::connect::Client;
+use super::console::Colour;
+use super::context::Context;
+use super::exit::{Code, Exit, Failure};
+use super::figures::{Figures, ago, meaning, some, text_of, time};
+use super::text;
+use crate::bus::Dictionary;
+use jiff::tz::TimeZone;
+use serde_json::{Value, json};
+use zbus::OwnedObjectPath;
+
+/// A hold in force.
+struct Inhibitor {
+    who: String,
+    why: String,
+    uid: u32,
+    since_us: u64,
+}
+
+/// Runs the command.
+pub async fn command(context: &Context) -> Result<Code, Failure> {
+    let client = context.client().await?;
+    let daemon = client.properties(client.manager.inner()).await?;
+    let path =
+        daemon.get("ActiveRun").and_then(|path| OwnedObjectPath::try_from(path.try_clone().ok()?).ok());
+    let active = match path {
+        Some(path) if Client::is_run(&path) => {
+            let run = client.run(path).await?;
+            match client.properties(run.inner()).await {
+                Ok(properties) => Some(Figures::new(&properties)),
+                // It was removed, or its place taken, since.
+                Err(failure) if failure.exit == Exit::NotFound => None,
+                Err(failure) => return Err(failure),
+            }
+        }
+        _ => None,
+    };
+    let inhibitors = client.answer(client.manager.list_inhibitors()).await?;
+    let inhibitors: Vec<Inhibitor> = inhibitors
+        .into_iter()
+        .map(|(who, why, uid, since_us)| Inhibitor { who, why, uid, since_us })
+        .collect();
+    if context.json {
+        context.console.json(json(&daemon, active.as_ref(), &inhibitors))?;
+    } else {
+        let dot = context.console.paint(Colour::of_state(&text_of(&daemon, "State")), "●");
+        let now = context.now_us();
+        let page = page(&daemon, active.as_ref(), &inhibitors, now, &context.zone, |uid| context.user(uid));
+        context.console.result(&format!("{dot} {page}"))?;
+    }
+    Ok(Exit::Done.into())
+}
+
+fn unfinished(daemon: &Dictionary) -> u32 {
+    daemon.get("UnfinishedRuns").and_then(|value| u32::try_from(value).ok()).unwrap_or(0)
+}
+
+fn json(daemon: &Dictionary, active: Option<&Figures>, inhibitors: &[Inhibitor]) -> Value {
+    let text = |key| Some(text_of(daemon, key)).filter(|text| !text.is_empty());
+    let inhibitors: Vec<Value> = inhibitors
+        .iter()
+        .map(|i| json!({ "who": i.who, "why": i.why, "uid": i.uid, "since_us": i.since_us }))
+        .collect();
+    json!({
+        "version": text("Version"),
+        "state": text("State"),
+        "reason": text("Reason"),
+        "device": text("Device"),
+        "active_run": active.map(Figures::json),
+        "unfinished_runs": unfinished(daemon),
+        "inhibitors": inhibitors,
+    })
+}
+
+fn page(
+    daemon: &Dictionary,
+    active: Option<&Figures>,
+    inhibitors: &[Inhibitor],
+    now_us: u64,
+    zone: &TimeZone,
+    user: impl Fn(u32) -> String,
+) -> String {
+    let text = |key| text::printable(&text_of(daemon, key));
+    let mut state = text("State");
+    if let Some(reason) = some(&text("Reason")) {
+        state.push_str(&format!(" ({reason})"));
+        state.extend(meaning(reason).map(|meaning| format!(": {meaning}")));
+    }
+    let device = some(&text("Device")).map_or_else(|| "not known before the first run".into(), String::from);
+    let run = active.map_or_else(
+        || "none has the device".into(),
+        |run| {
+            let state = text::printable(&run.state_and_reason());
+            format!("{}\n{state}  {}  {}", run.title(), run.percent(), run.line())
+        },
+    );
+    let waiting = (unfinished(daemon) as usize).saturating_sub(usize::from(active.is_some()));
+    let holds: Vec<String> = inhibitors
+        .iter()
+        .map(|hold| {
+            let (who, why) = (text::printable(&hold.who), text::printable(&hold.why));
+            let user = text::printable(&user(hold.uid));
+            format!(
+                "{who} ({user}): {why}, since {} ({})",
+                time(hold.since_us, zone),
+                ago(hold.since_us, now_us)
+            )
+        })
+        .collect();
+    let rows = [
+        ("State", state),
+        ("Device", device),
+        ("Run", run),
+        ("Queue", text::count(waiting, "run")),
+        ("Held by", holds.join("\n")),
+    ];
+    format!("finetuned {}\n{}", text("Version"), text::fields(&rows))
+}
