@@ -192,11 +192,10 @@ impl Authority {
             self.judge(Action::ManageAll, &identity, header, connection, interactive).await?;
             return Ok(caller);
         }
-        let refusal =
-            match self.judge(Action::ManageOwn, &identity, header, connection, interactive).await {
-                Ok(()) => return Ok(caller),
-                Err(refusal) => refusal,
-            };
+        let refusal = match self.judge(Action::ManageOwn, &identity, header, connection, interactive).await {
+            Ok(()) => return Ok(caller),
+            Err(refusal) => refusal,
+        };
         // Who may manage all may manage its own; a person who has just said no is not asked again.
         match self.judge(Action::ManageAll, &identity, header, connection, false).await {
             Ok(()) => Ok(caller),
@@ -232,14 +231,12 @@ impl Authority {
             let caller = Caller { uid, sender: "peer-0".into() };
             return Ok((caller, Identity { uid, groups: Some(groups) }));
         }
-        let unknown =
-            |why: String| Error::NotAuthorized(format!("cannot find out who is calling: {why}"));
+        let unknown = |why: String| Error::NotAuthorized(format!("cannot find out who is calling: {why}"));
         if let Origin::Peer(name) = &self.origin {
             // What a peer writes as its sender is only its word; the socket's credentials are the kernel's.
             let credentials = connection.peer_creds().await.map_err(|error| unknown(error.to_string()))?;
-            let uid = credentials
-                .unix_user_id()
-                .ok_or_else(|| unknown("the socket has no credentials".into()))?;
+            let uid =
+                credentials.unix_user_id().ok_or_else(|| unknown("the socket has no credentials".into()))?;
             let identity = Identity { uid, groups: credentials.unix_group_ids().cloned() };
             return Ok((Caller { uid, sender: name.clone() }, identity));
         }

@@ -94,8 +94,7 @@ impl Manager {
             named.push((name("the path of a file", path, MAX_PATH)?, file.into()));
         }
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let submission =
-            Submission { spec, spec_name, files: named, owner: caller.uid, priority, hold };
+        let submission = Submission { spec, spec_name, files: named, owner: caller.uid, priority, hold };
         let id = self.context.runs.submit(submission).await?;
         // The caller may use the object at once, on this connection.
         run::export(connection, &self.context, &id).await?;

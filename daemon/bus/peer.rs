@@ -9,10 +9,10 @@
 //! The socket file has mode 0600: the daemon's own user and root get in, which is whom the owner's rules let do anything.
 //! Who calls is read from the socket's credentials, and judged as on a bus.
 
+use super::Context;
 use super::authority::{Authority, Origin};
 use super::publish::{Ended, publish};
 use super::server::{ServeError, Service, objects};
-use super::Context;
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::io::ErrorKind;
@@ -64,8 +64,11 @@ fn identity_of(path: &Path) -> Option<(u64, u64)> {
 impl Listener {
     /// Listens at `unix:path=…` or `unix:abstract=…`. A socket file that nobody answers at is replaced.
     pub fn bind(address: &str) -> Result<Listener, ServeError> {
-        let failed =
-            |why: String| ServeError::Listen { address: address.to_string(), why };
+        let failed = |why: String| ServeError::Listen { address: address.to_string(), why };
+        // Clients disagree on whether such a path is to be unescaped (zbus does not).
+        if address.contains('%') {
+            return Err(failed("a path with escaped characters is not supported: choose a plain one".into()));
+        }
         let parsed = zbus::Address::try_from(address).map_err(|error| failed(error.to_string()))?;
         let place = match parsed.transport() {
             Transport::Unix(unix) => unix.path().clone(),
@@ -149,11 +152,8 @@ fn clear(path: &Path) -> Result<(), String> {
 /// Serves one peer until its connection ends.
 async fn attend(stream: UnixStream, name: String, service: Service) {
     let authority = Authority::new(service.authorization.clone(), Origin::Peer(name.clone()));
-    let context = Context {
-        runs: service.runs.clone(),
-        authority: Arc::new(authority),
-        waits: service.waits.clone(),
-    };
+    let context =
+        Context { runs: service.runs.clone(), authority: Arc::new(authority), waits: service.waits.clone() };
     match converse(stream, context, &service).await {
         Ok(Ended::Closed) => tracing::debug!("{name}: closed"),
         Ok(ended) => tracing::warn!("{name} is dropped: {ended}"),

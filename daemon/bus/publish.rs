@@ -41,11 +41,7 @@ pub(super) struct Pace {
 
 impl Default for Pace {
     fn default() -> Pace {
-        Pace {
-            figures: Duration::from_secs(1),
-            send: Duration::from_secs(5),
-            probe: Duration::from_secs(10),
-        }
+        Pace { figures: Duration::from_secs(1), send: Duration::from_secs(5), probe: Duration::from_secs(10) }
     }
 }
 
@@ -99,8 +95,7 @@ pub(super) async fn publish(
 ) -> Ended {
     let at = Instant::now();
     let shown = views.into_iter().map(|view| (view.id.clone(), Shown { view, at })).collect();
-    let mut publisher =
-        Publisher { connection, context, pace, shown, status, due: BTreeMap::new() };
+    let mut publisher = Publisher { connection, context, pace, shown, status, due: BTreeMap::new() };
     let mut probe = interval_at(at + pace.probe, pace.probe);
     probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -169,8 +169,7 @@ impl Server {
         };
         let changes = context.runs.changes();
         let (views, status) = (context.runs.views(), context.runs.status());
-        let connection =
-            objects(builder, &context, &service.log, &views).build().await.map_err(connect)?;
+        let connection = objects(builder, &context, &service.log, &views).build().await.map_err(connect)?;
         let mut lost = name_lost(&connection).await.map_err(connect)?;
         match connection.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE.into()).await {
             Ok(_) => {}

@@ -9,6 +9,8 @@
 //! One task, [`owner`], owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
 //! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
 
+#[cfg(test)]
+pub mod fake;
 //pub mod inputs;
 //pub mod models;
 pub mod state;
