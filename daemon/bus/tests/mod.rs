@@ -1,5 +1,6 @@
 //! The bus over pairs of connections, in front of a fake owner of the runs.
 
+mod buses;
 mod interface;
 mod methods;
 mod peers;
