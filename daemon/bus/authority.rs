@@ -116,6 +116,10 @@ struct Identity {
     groups: Option<Vec<u32>>,
 }
 
+/// A uid and its groups, for tests to change.
+#[cfg(test)]
+pub(super) type Posed = std::sync::Arc<Mutex<(u32, Vec<u32>)>>;
+
 /// The judge of the calls on one connection.
 #[derive(Debug)]
 pub struct Authority {
@@ -130,7 +134,7 @@ pub struct Authority {
     group_file: PathBuf,
     /// Whom tests pose as, instead of who they are.
     #[cfg(test)]
-    posed: Option<std::sync::Arc<Mutex<(u32, Vec<u32>)>>>,
+    posed: Option<Posed>,
 }
 
 impl Authority {
@@ -154,7 +158,7 @@ impl Authority {
     pub(super) fn posing(
         config: AuthorizationConfig,
         own: u32,
-        who: std::sync::Arc<Mutex<(u32, Vec<u32>)>>,
+        who: Posed,
         group_file: &std::path::Path,
     ) -> Authority {
         Authority {

@@ -6,7 +6,7 @@ mod methods;
 mod peers;
 mod signals;
 
-use super::authority::Authority;
+use super::authority::{Authority, Posed};
 use super::log_control::{LogSwitch, LogTarget};
 use super::publish::{Ended, Pace};
 use super::server::Service;
@@ -67,7 +67,7 @@ struct Bench {
 struct Client {
     connection: Connection,
     /// Uid and groups that the daemon takes the client for.
-    who: Arc<Mutex<(u32, Vec<u32>)>>,
+    who: Posed,
     server: JoinHandle<Result<Ended, String>>,
 }
 
@@ -92,11 +92,7 @@ impl Bench {
     }
 
     /// Serves the other end of the socket that is returned.
-    fn serve(
-        &self,
-        uid: u32,
-        groups: &[u32],
-    ) -> (UnixStream, Arc<Mutex<(u32, Vec<u32>)>>, JoinHandle<Result<Ended, String>>) {
+    fn serve(&self, uid: u32, groups: &[u32]) -> (UnixStream, Posed, JoinHandle<Result<Ended, String>>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let who = Arc::new(Mutex::new((uid, groups.to_vec())));
         let authority =

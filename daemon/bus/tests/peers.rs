@@ -27,9 +27,9 @@ async fn a_peer_that_never_reads_is_dropped_and_holds_up_nobody() {
     while !server.is_finished() {
         flips += 1;
         assert!(flips < 200_000, "it is never dropped");
-        let state = if flips % 2 == 0 { State::Queued } else { State::Running };
+        let state = if flips.is_multiple_of(2) { State::Queued } else { State::Running };
         bench.fake.update(&id(1), |view| view.state = state, Change::State);
-        if flips % 16 == 0 {
+        if flips.is_multiple_of(16) {
             // The other one is answered all the time.
             let answer = timeout(Duration::from_millis(400), run.state()).await;
             assert!(answer.is_ok_and(|state| state.is_ok()), "after {flips}");
