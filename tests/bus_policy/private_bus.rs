@@ -61,12 +61,13 @@ pub struct PrivateBus {
 }
 
 /// Says that a test does not take place, and why; written past the test harness, which hides what a passing test prints.
-fn skip(why: &str) {
+pub fn skip(why: &str) {
     let name = std::thread::current().name().unwrap_or("a test").to_string();
     let _ = writeln!(std::io::stderr(), "SKIPPED {name}: {why}");
 }
 
-fn is_there(program: &str) -> bool {
+/// Whether a program is installed.
+pub fn is_there(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|p| p.join(program).exists()))
 }

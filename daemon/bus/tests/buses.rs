@@ -84,3 +84,62 @@ async fn the_name_is_given_back_and_may_be_refused() {
     let refused = Server::start(&nowhere, bench.service.clone()).await.err().unwrap();
     assert!(matches!(refused, ServeError::Connect { .. }), "{refused}");
 }
+
+/// The blocks of the overview in this language.
+fn examples(language: &str) -> Vec<String> {
+    let overview = include_str!("../../../docs/dbus/README.md");
+    let fence = format!("```{language}\n");
+    let blocks = overview.split(&fence).skip(1);
+    blocks.map(|block| block.split("```").next().unwrap().to_string()).collect()
+}
+
+#[tokio::test]
+async fn the_examples_of_the_documentation_work() {
+    let Some(bus) = PrivateBus::start(0) else { return };
+    let bench = Bench::new(Authorization::Owner);
+    let mut night = queued(1, ADA);
+    night.name = "night".into();
+    bench.fake.add(night);
+    let _server = Server::start(&[Endpoint::Bus(bus.address())], bench.service.clone()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("night.toml"), "SPEC").unwrap();
+    std::fs::write(directory.path().join("train.jsonl"), "ROWS").unwrap();
+    let run = async |program: &str, arguments: &[&str]| {
+        let output = tokio::process::Command::new(program)
+            .args(arguments)
+            .current_dir(directory.path())
+            .env("DBUS_SYSTEM_BUS_ADDRESS", bus.address())
+            .output()
+            .await
+            .unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(output.status.success(), "{arguments:?}: {text}");
+        text
+    };
+    if private_bus::is_there("busctl") {
+        let shell = examples("sh");
+        assert_eq!(shell.len(), 2);
+        let text = run("sh", &["-ec", &shell[0]]).await;
+        assert_eq!(text.matches("night").count(), 2, "both list the run: {text}");
+        // What watches goes on for ever.
+        let watched = shell[1].replace("\ngdbus monitor", "\ntimeout 1 gdbus monitor");
+        assert_ne!(watched, shell[1]);
+        let text = run("sh", &["-ec", &format!("{} || test $? = 124", watched.trim_end())]).await;
+        assert!(text.contains("s \"paused\"\ns \"user\"\n"), "{text}");
+    } else {
+        private_bus::skip("there is no busctl");
+    }
+    let python = "/usr/bin/python3";
+    if std::process::Command::new(python).args(["-c", "import dbus"]).status().is_ok_and(|s| s.success()) {
+        let blocks = examples("python");
+        assert_eq!(blocks.len(), 2);
+        assert!(include_str!("../../../docs/dbus/submit.py").ends_with(&blocks[0]));
+        let text = run(python, &["-c", &blocks.concat()]).await;
+        assert_eq!(text.trim(), path_of(101));
+        let heard = bench.fake.heard();
+        assert!(heard[0].starts_with("submit \"night.toml\" by 0 files [train.jsonl=ROWS]"), "{heard:?}");
+        assert!(heard[1].starts_with("inhibit by :1."), "{heard:?}");
+    } else {
+        private_bus::skip("there is no python3-dbus");
+    }
+}
