@@ -7,6 +7,7 @@ mod private_bus;
 use finetuned::bus::authority::{Action, Authority, Origin};
 use finetuned::config::daemon::{Authorization, AuthorizationConfig};
 use private_bus::{NAME, PrivateBus};
+use std::time::Duration;
 use zbus::connection::Builder;
 use zbus::message::Header;
 use zbus::{Connection, interface};
@@ -15,6 +16,9 @@ use zbus::{Connection, interface};
 const FINETUNED: u32 = 1;
 const ADA: u32 = 2;
 const BOB: u32 = 3;
+
+/// How long polkit is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 const ROOT: &str = "/org/finetuned/Finetuned1";
 const LOG: &str = "/org/freedesktop/LogControl1";
@@ -87,7 +91,7 @@ impl Log {
 async fn serve(bus: &PrivateBus, method: Authorization) -> Connection {
     let config = AuthorizationConfig { method, group: "finetuned".into() };
     Builder::address(bus.address().as_str())
-        .serve_at(ROOT, Manager(Authority::new(config, Origin::SystemBus)))
+        .serve_at(ROOT, Manager(Authority::new(config, Origin::SystemBus).with_patience(PATIENCE)))
         .serve_at(ROOT, Secret)
         .serve_at(ROOT, Run)
         .serve_at(ROOT, zbus::fdo::ObjectManager)
@@ -199,6 +203,11 @@ async fn polkit_decides() {
     ask(&bus, BOB, "run", ADA).await.unwrap();
     ask(&bus, BOB, "read", ADA).await.unwrap();
     ask(&bus, ADA, "run", ADA).await.unwrap();
+
+    // A polkit that does not answer is one that says no.
+    bus.hang_polkit();
+    refused(ask(&bus, BOB, "run", ADA).await, "no answer within 2 s");
+    ask(&bus, 0, "run", ADA).await.unwrap();
 
     // Without polkit, root alone gets through, and the others are told what to do.
     bus.stop_polkit();

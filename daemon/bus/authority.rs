@@ -129,6 +129,7 @@ pub struct Authority {
     own: u32,
     known: Mutex<HashMap<String, Identity>>,
     checks: Slots,
+    patience: Duration,
     /// Distinguishes questions to polkit, so that they can be taken back.
     questions: AtomicU64,
     group_file: PathBuf,
@@ -146,11 +147,17 @@ impl Authority {
             own: rustix::process::geteuid().as_raw(),
             known: Mutex::default(),
             checks: Slots::new(CHECKS.0, CHECKS.1),
+            patience: PATIENCE,
             questions: AtomicU64::new(0),
             group_file: "/etc/group".into(),
             #[cfg(test)]
             posed: None,
         }
+    }
+
+    /// Waits this long for polkit, when nobody is asked for a password.
+    pub fn with_patience(self, patience: Duration) -> Authority {
+        Authority { patience, ..self }
     }
 
     /// A judge that takes every caller for `who` (uid and groups), as the daemon of the user `own`.
@@ -361,7 +368,7 @@ impl Authority {
         };
         let (flags, patience) = match interactive {
             true => (CheckAuthorizationFlags::ALLOW_USER_INTERACTION, PATIENCE_WITH_PEOPLE),
-            false => (CheckAuthorizationFlags::empty(), PATIENCE),
+            false => (CheckAuthorizationFlags::empty(), self.patience),
         };
         let question = format!("finetuned-{}", self.questions.fetch_add(1, Ordering::Relaxed));
         let no_details = HashMap::new();
@@ -391,7 +398,7 @@ impl Authority {
                 // Takes the question back; whether that is heard makes no difference here.
                 let taken_back = polkit.cancel_check_authorization(&question);
                 let _ = timeout(Duration::from_secs(1), taken_back).await;
-                refuse(unreachable_polkit(&format!("no answer within {} s", patience.as_secs())))
+                refuse(unreachable_polkit(&format!("no answer within {} s", patience.as_secs_f32())))
             }
         }
     }

@@ -212,6 +212,11 @@ impl PrivateBus {
         self.tell_polkit("SetAllowed", &format!("@as [{}]", actions.join(", "))).unwrap();
     }
 
+    /// Has polkit answer nobody.
+    pub fn hang_polkit(&self) {
+        self.tell_polkit("SimulateHang", "true").unwrap();
+    }
+
     fn tell_polkit(&self, method: &str, argument: &str) -> Result<String, (String, String)> {
         let method = format!("org.freedesktop.DBus.Mock.{method}");
         self.call_to(0, POLKIT[0], POLKIT[1], &method, &[argument])

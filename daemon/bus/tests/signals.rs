@@ -81,7 +81,8 @@ async fn figures_are_told_together_and_now_and_then() {
 
 #[tokio::test]
 async fn a_state_is_told_at_once_with_the_figures_that_wait() {
-    let bench = Bench::new(Authorization::Owner);
+    let mut bench = Bench::new(Authorization::Owner);
+    bench.service.pace.figures = Duration::from_secs(1);
     bench.fake.add(queued(1, ADA));
     let client = bench.client(EVE, &[]).await;
     let mut changes = signals(&client, "PropertiesChanged").await;
