@@ -171,7 +171,7 @@ impl Server {
         let (views, status) = (context.runs.views(), context.runs.status());
         let connection = objects(builder, &context, &service.log, &views).build().await.map_err(connect)?;
         let mut lost = name_lost(&connection).await.map_err(connect)?;
-        match connection.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE.into()).await {
+        match connection.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE).await {
             Ok(_) => {}
             Err(zbus::Error::NameTaken) => return Err(ServeError::NameTaken { bus: bus.clone() }),
             Err(source) => return Err(ServeError::NameRefused { bus: bus.clone(), source }),

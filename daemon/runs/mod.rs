@@ -10,6 +10,8 @@
 //! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
 
 mod copy;
+#[cfg(test)]
+pub mod fake;
 pub mod inputs;
 pub mod models;
 pub mod state;
