@@ -263,7 +263,8 @@ fn a_backward_import_is_caught_in_every_spelling() {
 fn unsafe_code_stands_where_the_policy_allows_it() {
     let allowed = |file: &str| {
         file.starts_with("backend/cpu/")
-            || ["backend/nf4.rs", "model/tensor_file.rs", "data/rows.rs", "worker/priorities.rs"].contains(&file)
+            || ["backend/nf4.rs", "model/tensor_file.rs", "data/rows.rs", "worker/priorities.rs"]
+                .contains(&file)
     };
     let problems: Vec<String> = files()
         .iter()

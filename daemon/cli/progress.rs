@@ -132,7 +132,9 @@ impl<'a> Progress<'a> {
                 r.learning_rate,
                 significant(r.tokens_per_second, 3),
             ),
-            Event::Evaluated { record: r, .. } => format!("eval {}/{total} eval_loss {:.4}", r.step, r.eval_loss),
+            Event::Evaluated { record: r, .. } => {
+                format!("eval {}/{total} eval_loss {:.4}", r.step, r.eval_loss)
+            }
             Event::Committed { path, .. } => format!("checkpoint {}", shown(path)),
             Event::Stopped(reason) => format!("stopped: {reason}"),
             Event::Refused { request, why } => format!("request {request} refused: {why}"),

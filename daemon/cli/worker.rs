@@ -20,8 +20,7 @@ pub struct WorkerArguments {
 
 /// Runs the command.
 pub fn command(arguments: &WorkerArguments) -> Result<Exit, Failure> {
-    let priorities =
-        Priorities { nice: arguments.nice, oom_score_adjust: arguments.oom_score_adjust };
+    let priorities = Priorities { nice: arguments.nice, oom_score_adjust: arguments.oom_score_adjust };
     match main(priorities).map_err(|error| Failure::new(error).exit(Exit::Usage))? {
         Ended::Well => Ok(Exit::Done),
         Ended::Badly => Ok(Exit::Error),

@@ -111,11 +111,7 @@ mod tests {
                 Reason::Changed,
                 false,
             ),
-            (
-                CheckpointError::Newer { path: path.clone(), format: 9 }.into(),
-                Reason::Changed,
-                false,
-            ),
+            (CheckpointError::Newer { path: path.clone(), format: 9 }.into(), Reason::Changed, false),
         ];
         for (error, reason, retry) in cases {
             let failed = of_run(&error);

@@ -142,8 +142,7 @@ impl SocketLauncher {
     async fn connect(&self) -> Result<Worker, LaunchError> {
         let before = OutOfMemoryKills::now();
         let stream = UnixStream::connect(&self.socket).await;
-        let stream =
-            stream.map_err(|source| LaunchError::Connect { socket: self.socket.clone(), source })?;
+        let stream = stream.map_err(|source| LaunchError::Connect { socket: self.socket.clone(), source })?;
         let process = Process { kind: Kind::Stranger, handle: None, killed: false, before };
         Ok(Worker { connection: Connection::new(stream), process })
     }

@@ -128,11 +128,7 @@ fn take_standard_input() -> Result<UnixStream, WorkerError> {
     Ok(stream)
 }
 
-fn spawn(
-    name: &str,
-    link: &Arc<Link>,
-    work: impl FnOnce(&Link) + Send + 'static,
-) -> Result<(), WorkerError> {
+fn spawn(name: &str, link: &Arc<Link>, work: impl FnOnce(&Link) + Send + 'static) -> Result<(), WorkerError> {
     let link = link.clone();
     let thread = std::thread::Builder::new().name(name.into()).spawn(move || work(&link));
     thread.map(drop).map_err(system("start a thread"))
@@ -199,7 +195,9 @@ fn attempt(link: &Link) -> Result<Finished, Failed> {
     }
     if let Some(threads) = start.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-        pool.map_err(|error| failed(Reason::Launch, format!("cannot start {threads} threads: {error}"), true))?;
+        pool.map_err(|error| {
+            failed(Reason::Launch, format!("cannot start {threads} threads: {error}"), true)
+        })?;
     }
     let spec = Spec::parse(&start.spec, &format!("{}.toml", start.run), &start.directory, &[]);
     let spec = spec.map_err(|error| failure::of_spec(&error))?;

@@ -63,7 +63,6 @@ fn io_class_idle() -> io::Result<()> {
     let calling_thread: libc::c_int = 0;
     let priority = IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT;
     // SAFETY: ioprio_set takes three integers, by value, and touches no memory of this process.
-    let result =
-        unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, calling_thread, priority) };
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, calling_thread, priority) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

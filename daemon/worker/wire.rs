@@ -100,7 +100,8 @@ pub fn encode<M: Serialize + DeserializeOwned + PartialEq>(message: &M) -> Resul
     }
     // NaN and infinity become null, and null is no number, or is "absent".
     if decode::<M>(&line).ok().as_ref() != Some(message) {
-        let why = format!("it does not read back as it was (a number is not finite?): {}", Excerpt::of(&line));
+        let why =
+            format!("it does not read back as it was (a number is not finite?): {}", Excerpt::of(&line));
         return Err(unsendable(why));
     }
     line.push(b'\n');
@@ -328,9 +329,7 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use super::super::protocol::{
-        Beat, Failed, Finished, Permit, Phase, Ready, Start, Started, VERSION,
-    };
+    use super::super::protocol::{Beat, Failed, Finished, Permit, Phase, Ready, Start, Started, VERSION};
     use super::*;
     use crate::reason::Reason;
     use crate::train::observer::{EvaluationRecord, StepRecord};
@@ -400,9 +399,8 @@ mod tests {
         ]);
         let number = || any::<Option<u64>>();
         prop_oneof![
-            (any::<u32>(), any::<String>()).prop_map(|(pid, device)| {
-                Report::Ready(Ready { version: VERSION, pid, device })
-            }),
+            (any::<u32>(), any::<String>())
+                .prop_map(|(pid, device)| { Report::Ready(Ready { version: VERSION, pid, device }) }),
             (phase, prop::array::uniform4(any::<u64>())).prop_map(|(phase, [ticks, step, done, memory])| {
                 Report::Beat(Beat { phase, ticks, step, done, of: done, memory })
             }),
@@ -427,15 +425,17 @@ mod tests {
             (any::<u64>(), finite(), number()).prop_map(|(step, eval_loss, request)| {
                 Report::Evaluated { record: EvaluationRecord { step, eval_loss }, request }
             }),
-            (any::<u64>(), any::<u64>(), number())
-                .prop_map(|(step, within, request)| Report::Committed { step, within, request }),
+            (any::<u64>(), any::<u64>(), number()).prop_map(|(step, within, request)| Report::Committed {
+                step,
+                within,
+                request
+            }),
             (any::<u64>(), any::<String>()).prop_map(|(request, why)| Report::Refused { request, why }),
             any::<String>().prop_map(|text| Report::Note { text }),
             summary().prop_map(|s| Report::Finished(Finished::Complete { summary: Box::new(s) })),
             reason().prop_map(|reason| Report::Finished(Finished::Stopped { reason })),
-            (reason(), any::<String>(), any::<bool>()).prop_map(|(reason, message, retry)| {
-                Report::Failed(Failed { reason, message, retry })
-            }),
+            (reason(), any::<String>(), any::<bool>())
+                .prop_map(|(reason, message, retry)| { Report::Failed(Failed { reason, message, retry }) }),
         ]
     }
 
@@ -505,7 +505,8 @@ mod tests {
                 _ => sent.tokens_per_second = bad,
             }
             let sent = Report::Finished(Finished::Complete { summary: Box::new(sent) });
-            prop_assert!(matches!(encode(&sent), Err(WireError::Unsendable { .. })));
+            let refused = matches!(encode(&sent), Err(WireError::Unsendable { .. }));
+            prop_assert!(refused);
         }
     }
 
