@@ -572,6 +572,8 @@ mod tests {
         runtime().block_on(async {
             let (mut daemon, worker) = pair();
             let long = Request::Stop { reason: Reason::User };
+            // Before the runtime has looked at it once, a socket seems to take nothing.
+            daemon.stream.writable().await.unwrap();
             let mut sent = 0;
             while daemon.pending.is_empty() {
                 daemon.send(&long).unwrap();
