@@ -183,7 +183,8 @@ impl Server {
                 ended = publish(&connection, &context, changes, views, status, pace) => {
                     format!("the connection to it ended: {ended}")
                 }
-                Some(_) = lost.next() => format!("it took the name {NAME} away"),
+                // An error is the end of the connection, which the other branch says better.
+                Some(Ok(_)) = lost.next() => format!("it took the name {NAME} away"),
             };
             let _ = failed.send(ServeError::Lost { bus, why }).await;
         });

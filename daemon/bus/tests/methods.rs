@@ -110,11 +110,14 @@ async fn runs_are_steered() {
     assert_eq!(run.checkpoint(none()).await.unwrap(), 12);
     assert_eq!(run.evaluate(none()).await.unwrap(), 1.25);
 
-    manager.set_priority(crate::bus::run::path(Some(&id(1))), 5).await.unwrap();
-    assert_eq!(run.priority().await.unwrap(), 5);
+    let own = || crate::bus::run::path(Some(&id(1)));
+    manager.set_priority(own(), -5).await.unwrap();
+    assert_eq!(run.priority().await.unwrap(), -5);
+    // Before the runs of others only by leave of who manages all.
+    assert_eq!(refusal(manager.set_priority(own(), 1).await).0, "NotAuthorized");
     for bad in ["/", "/org/finetuned/Finetuned1/Run/ab0000000009", "/org/other/Run/ab0000000001"] {
         let bad = OwnedObjectPath::try_from(bad).unwrap();
-        assert_eq!(refusal(manager.set_priority(bad, 5).await).0, "NoSuchRun");
+        assert_eq!(refusal(manager.set_priority(bad, -5).await).0, "NoSuchRun");
     }
 
     assert_eq!(refusal(run.remove(none()).await).0, "NotOver");

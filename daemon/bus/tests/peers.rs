@@ -6,6 +6,7 @@ use crate::runs::fake::{id, queued};
 use crate::runs::{Change, State};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::time::Instant;
 use tokio::time::{sleep, timeout};
 
 /// Authenticates by hand, as the user of this process.
@@ -25,10 +26,11 @@ async fn a_peer_that_never_reads_is_dropped_and_holds_up_nobody() {
     shake_hands(&mut deaf);
     let other = bench.client(BOB, &[]).await;
     let run = other.run(&id(1)).await;
+    let began = Instant::now();
     let mut flips = 0u32;
     while !server.is_finished() {
         flips += 1;
-        assert!(flips < 200_000, "it is never dropped");
+        assert!(began.elapsed() < Duration::from_secs(30), "it is never dropped");
         let state = if flips.is_multiple_of(2) { State::Queued } else { State::Running };
         bench.fake.update(&id(1), |view| view.state = state, Change::State);
         if flips.is_multiple_of(16) {
