@@ -230,8 +230,10 @@ fn a_backward_import_is_caught_in_every_spelling() {
         ("model/decoder.rs", "const Q: char = '\"'; use crate::train::gate; const R: char = '\"';"),
         ("model/decoder.rs", "fn f<'a>(x: &'a str) -> crate::data::Sequence { r#\"x\"#; }"),
         ("train/run.rs", "use crate::cli::main;"),
-        ("data/plan.rs", "use crate::governor::Governor;"),
-        ("governor/mod.rs", ""),
+        ("governor/control.rs", "use crate::runs::Runs;"),
+        ("runs/owner.rs", "use crate::bus::Server;"),
+        ("data/plan.rs", "use crate::gardener::Gardener;"),
+        ("gardener/mod.rs", ""),
     ];
     for (file, source) in caught {
         assert_eq!(backward(file, source).len(), 1, "{file}: {source}");
