@@ -6,7 +6,7 @@
 //!                                   launch ──► worker (protocol)
 //! ```
 //!
-//! One task, [`owner`], owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
+//! One task, `owner`, owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
 //! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
 
 mod copy;

@@ -162,7 +162,7 @@ fn the_daemon_that_closes_before_the_start_is_no_failure() {
     drop(command);
     let mut input = Input::new(ours, Duration::from_secs(10)).unwrap();
     // `ready` is no request: the worker's half refuses to take itself for a daemon.
-    assert!(input.next().is_err());
+    assert!(input.request().is_err());
     drop(input);
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }

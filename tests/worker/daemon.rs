@@ -152,13 +152,11 @@ impl Daemon {
     /// Listens to the end: the last word. The connection is closed after it.
     pub fn last_word(&mut self) -> Report {
         loop {
-            match self.next().unwrap() {
-                last @ (Report::Failed(_) | Report::Finished(_)) => {
-                    let end = self.next();
-                    assert!(matches!(end, Err(WireError::Closed)), "{end:?} after the last word");
-                    return last;
-                }
-                _ => {}
+            let report = self.next().unwrap();
+            if matches!(report, Report::Failed(_) | Report::Finished(_)) {
+                let end = self.next();
+                assert!(matches!(end, Err(WireError::Closed)), "{end:?} after the last word");
+                return report;
             }
         }
     }
