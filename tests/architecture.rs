@@ -22,9 +22,23 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("worker", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "train"]),
     ("governor", BASE),
     ("scheduler", &["clock", "config", "reason", "units", "governor"]),
-    ("runs", &["clock", "config", "reason", "units", "checkpoint", "worker", "scheduler"]),
-    ("bus", &["clock", "config", "reason", "units", "runs"]),
-    ("service", &["clock", "config", "reason", "units", "checkpoint", "worker", "scheduler", "runs", "bus"]),
+    ("runs", &["clock", "config", "reason", "units", "checkpoint", "worker", "governor", "scheduler"]),
+    ("bus", &["clock", "config", "reason", "units", "governor", "runs"]),
+    (
+        "service",
+        &[
+            "clock",
+            "config",
+            "reason",
+            "units",
+            "checkpoint",
+            "worker",
+            "governor",
+            "scheduler",
+            "runs",
+            "bus",
+        ],
+    ),
     (
         "cli",
         &[

@@ -10,3 +10,21 @@
 //! time.
 
 pub mod readings;
+
+use crate::reason::Reason;
+
+/// What the governor lets the runs do until its next word.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ruling {
+    /// Why nothing may compute; absent when it may.
+    pub hold: Option<Reason>,
+    /// Share of the time that may be computed, above 0 and at most 1, while there is no hold.
+    pub duty: f64,
+    /// A held run gives its memory back at once.
+    pub release: bool,
+}
+
+impl Ruling {
+    /// Nothing is in the way.
+    pub const FREE: Ruling = Ruling { hold: None, duty: 1.0, release: false };
+}

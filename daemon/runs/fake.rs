@@ -203,6 +203,7 @@ impl Fake {
                     who: inhibition.who,
                     why: inhibition.why,
                     owner: inhibition.owner,
+                    lease: inhibition.lease,
                     since_us: 7,
                 };
                 self.runs.board().inhibitors.push(held);

@@ -16,7 +16,7 @@
 use super::inputs;
 use super::models::Models;
 use super::record::{self, Entry, Figures, Kind, Layout, Position, Record};
-use super::session::{self, Ended, Event as SessionEvent, Order, Session};
+use super::session::{self, Ended, Event as SessionEvent, Order, Pace, Session};
 use super::state::{Ask, Event, Refusal, State, Then};
 use super::view::{
     Board, Change, Command, Details, Inhibition, Inhibitor, Reply, RequestError, Runs, Status, Submission,
@@ -24,6 +24,7 @@ use super::view::{
 use crate::checkpoint::FileError;
 use crate::clock::Clock;
 use crate::config::daemon::DaemonConfig;
+use crate::governor::Ruling;
 use crate::reason::Reason;
 use crate::scheduler::{Active, Candidate, Turn, turn};
 use crate::units::RunId;
@@ -36,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 /// How often figures are written to disk while a run trains.
@@ -53,6 +54,8 @@ pub struct Options {
     pub launcher: Arc<dyn Launcher>,
     /// For records; waiting goes by tokio's time.
     pub clock: Arc<dyn Clock>,
+    /// What the governor says. A governor that is gone holds everything.
+    pub governor: watch::Receiver<Ruling>,
     /// Counts the owner's turns: who watches it (systemd's watchdog) knows that the daemon is not stuck.
     pub heartbeat: Arc<AtomicU64>,
 }
@@ -110,6 +113,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         next_request: 0,
         submitted,
         stopping: None,
+        ungoverned: false,
         handle: handle.clone(),
         events,
         options,
@@ -192,6 +196,9 @@ struct ActiveRun {
 struct Holder {
     inhibitor: Inhibitor,
     sender: String,
+    lease: bool,
+    /// Memory is wanted, too.
+    release: bool,
 }
 
 /// What the owner hears from its own tasks.
@@ -226,6 +233,8 @@ struct Owner {
     next_request: u64,
     submitted: u64,
     stopping: Option<(Reason, Vec<oneshot::Sender<()>>)>,
+    /// The governor is gone: nothing may compute.
+    ungoverned: bool,
     handle: Runs,
     events: mpsc::Sender<Message>,
     options: Options,
@@ -246,6 +255,9 @@ impl Owner {
                 },
                 message = events.recv() => if let Some(message) = message { self.message(message).await },
                 _ = tick.tick() => self.tick().await,
+                changed = self.options.governor.changed(), if !self.ungoverned => {
+                    self.ungoverned = changed.is_err();
+                }
                 _ = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
             self.schedule().await;
@@ -609,6 +621,7 @@ impl Owner {
             who: inhibition.who,
             why: inhibition.why,
             owner: inhibition.owner,
+            lease: inhibition.lease,
             since_us: wall_us(&*self.options.clock),
         };
         tracing::info!(
@@ -617,7 +630,8 @@ impl Owner {
             owner = inhibitor.owner,
             "training is inhibited"
         );
-        self.holders.insert(number, Holder { inhibitor, sender: inhibition.sender });
+        let Inhibition { sender, lease, release, .. } = inhibition;
+        self.holders.insert(number, Holder { inhibitor, sender, lease, release });
         self.show_holders();
         let events = self.events.clone();
         tokio::spawn(async move {
@@ -896,7 +910,7 @@ impl Owner {
             return self.show_status();
         }
         let now = Instant::now();
-        let hold = (!self.holders.is_empty()).then_some(Reason::Inhibited);
+        let (hold, release) = self.held();
         let active = self.active.as_ref().and_then(|active| {
             let record = &self.runs.get(&active.id)?.record;
             let stopping = record.condition.state == State::Saving;
@@ -922,7 +936,7 @@ impl Owner {
             Turn::Begin(id) if device_free => self.begin(&id.clone()).await,
             Turn::Wait(id, reason) => self.hold(&id.clone(), *reason).await,
             Turn::Preempt(_) => self.give_up_device(Reason::Preempted).await,
-            Turn::Park(reason) => self.park(*reason).await,
+            Turn::Park(reason) => self.park(*reason, release).await,
             Turn::Go => self.go_on().await,
             Turn::Begin(_) | Turn::Idle | Turn::Stopping => {}
         }
@@ -954,12 +968,29 @@ impl Owner {
         }
     }
 
-    async fn park(&mut self, reason: Reason) {
+    /// Why nothing may compute, and whether memory is to be given back at once.
+    fn held(&self) -> (Option<Reason>, bool) {
+        let ruling = *self.options.governor.borrow();
+        let lease = self.holders.values().find(|holder| holder.lease);
+        let reason = if self.ungoverned {
+            Some(Reason::SensorLost)
+        } else if lease.is_some() {
+            Some(Reason::Leased)
+        } else if !self.holders.is_empty() {
+            Some(Reason::Inhibited)
+        } else {
+            ruling.hold
+        };
+        let release = self.holders.values().any(|holder| holder.release);
+        (reason, release || (ruling.hold.is_some() && ruling.release))
+    }
+
+    async fn park(&mut self, reason: Reason, release: bool) {
         let Some(active) = &mut self.active else { return };
-        active.session.compute(false);
+        active.session.pace(Pace { run: false, duty: 1.0 });
         let since = *active.parked.get_or_insert_with(Instant::now);
         let id = active.id.clone();
-        if since.elapsed() >= self.options.config.worker.keep_when_held {
+        if release || since.elapsed() >= self.options.config.worker.keep_when_held {
             return self.give_up_device(reason).await;
         }
         if self.runs.get(&id).is_some_and(|run| run.record.condition.state == State::Running) {
@@ -969,7 +1000,7 @@ impl Owner {
 
     async fn go_on(&mut self) {
         let Some(active) = &mut self.active else { return };
-        active.session.compute(true);
+        active.session.pace(Pace { run: true, duty: self.options.governor.borrow().duty });
         let id = active.id.clone();
         if active.parked.take().is_some() {
             if let Some(run) = self.runs.get_mut(&id) {

@@ -101,7 +101,16 @@ impl Ended {
 #[derive(Debug)]
 pub struct Session {
     orders: mpsc::UnboundedSender<Order>,
-    compute: watch::Sender<bool>,
+    pace: watch::Sender<Pace>,
+}
+
+/// What the permits say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// Whether the worker computes.
+    pub run: bool,
+    /// Share of the time, above 0 and at most 1.
+    pub duty: f64,
 }
 
 impl Session {
@@ -110,9 +119,9 @@ impl Session {
         let _ = self.orders.send(order);
     }
 
-    /// Whether permits let the worker compute.
-    pub fn compute(&self, run: bool) {
-        self.compute.send_if_modified(|now| std::mem::replace(now, run) != run);
+    /// What the permits say from now on.
+    pub fn pace(&self, pace: Pace) {
+        self.pace.send_if_modified(|now| std::mem::replace(now, pace) != pace);
     }
 }
 
@@ -124,7 +133,7 @@ pub fn start(
     config: WorkerConfig,
 ) -> (Session, mpsc::Receiver<Event>) {
     let (orders, order_box) = mpsc::unbounded_channel();
-    let (compute, pace) = watch::channel(true);
+    let (set_pace, pace) = watch::channel(Pace { run: true, duty: 1.0 });
     let (events, event_box) = mpsc::channel(64);
     tokio::spawn(async move {
         let ended = match launcher.launch().await {
@@ -151,7 +160,7 @@ pub fn start(
         };
         let _ = events.send(Event::Ended(ended)).await;
     });
-    (Session { orders, compute }, event_box)
+    (Session { orders, pace: set_pace }, event_box)
 }
 
 /// Why the conversation is over.
@@ -176,7 +185,7 @@ struct Talk {
     process: Process,
     connection: Connection,
     orders: mpsc::UnboundedReceiver<Order>,
-    pace: watch::Receiver<bool>,
+    pace: watch::Receiver<Pace>,
     events: mpsc::Sender<Event>,
     clock: Arc<dyn Clock>,
     config: WorkerConfig,
@@ -290,9 +299,9 @@ impl Talk {
     }
 
     fn permit(&mut self) -> Result<(), Over> {
-        let run = *self.pace.borrow_and_update();
+        let Pace { run, duty } = *self.pace.borrow_and_update();
         let until_ms = (self.clock.monotonic() + PERMIT).as_millis() as u64;
-        self.tell_worker(Request::Permit(Permit { run, until_ms }))
+        self.tell_worker(Request::Permit(Permit { run, duty, until_ms }))
     }
 
     /// Never waits: a worker that does not read is found out after a while.

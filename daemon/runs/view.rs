@@ -115,6 +115,10 @@ pub struct Inhibition {
     pub owner: u32,
     /// The connection that asks: its limit is counted by it.
     pub sender: String,
+    /// It is a lease: an inference task takes the device.
+    pub lease: bool,
+    /// The memory of the held run is wanted, too.
+    pub release: bool,
 }
 
 /// A hold in force.
@@ -126,6 +130,8 @@ pub struct Inhibitor {
     pub why: String,
     /// Who asked.
     pub owner: u32,
+    /// It is a lease.
+    pub lease: bool,
     /// Since when, in microseconds since 1970.
     pub since_us: u64,
 }

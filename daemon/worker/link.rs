@@ -25,6 +25,9 @@ use std::time::Duration;
 /// How long a parked trainer sleeps when nothing happens.
 const NAP: Duration = Duration::from_millis(500);
 
+/// Smallest duty that is kept to; a daemon that wants less gives no permit.
+const SMALLEST_DUTY: f64 = 0.01;
+
 /// What the threads share.
 pub struct Link {
     clock: Box<dyn Clock>,
@@ -42,6 +45,8 @@ struct Asked {
     start: Option<Start>,
     /// Until when there is leave to compute; zero for none.
     until: Duration,
+    /// Share of the time that may be computed.
+    duty: f64,
     requests: VecDeque<gate::Request>,
     stop: Option<Stop>,
 }
@@ -95,6 +100,7 @@ impl Link {
             stage: Stage::Harmless,
             start: None,
             until: Duration::ZERO,
+            duty: 1.0,
             requests: VecDeque::new(),
             stop: None,
         };
@@ -127,7 +133,8 @@ impl Link {
             }
             Request::Permit(Permit { run: false, .. }) => asked.until = Duration::ZERO,
             // However far ahead it says: a daemon that fails must not leave us running.
-            Request::Permit(Permit { until_ms, .. }) => {
+            Request::Permit(Permit { until_ms, duty, .. }) => {
+                asked.duty = if duty.is_finite() { duty.clamp(SMALLEST_DUTY, 1.0) } else { SMALLEST_DUTY };
                 asked.until = Duration::from_millis(until_ms).min(self.clock.monotonic() + PERMIT);
             }
             Request::Checkpoint { request } => asked.requests.push_back(gate::Request::Checkpoint(request)),
@@ -265,33 +272,67 @@ fn wait_for_the_end() -> ! {
 }
 
 /// The gate over the daemon's permit.
-pub struct PermitGate<'a>(pub &'a Link);
+pub struct PermitGate<'a> {
+    link: &'a Link,
+    /// When the piece of work that was let through last began.
+    began: Option<Duration>,
+    /// When it ended, and how long it took: what the rest is reckoned from.
+    ended: Option<(Duration, Duration)>,
+}
+
+impl<'a> PermitGate<'a> {
+    /// A gate over what comes through `link`.
+    pub fn new(link: &'a Link) -> PermitGate<'a> {
+        PermitGate { link, began: None, ended: None }
+    }
+
+    /// How much of the rest after the last piece of work is left, with this duty.
+    fn rest(&mut self, duty: f64, now: Duration) -> Duration {
+        if let Some(began) = self.began.take() {
+            self.ended = Some((now, now.saturating_sub(began)));
+        }
+        let Some((ended, busy)) = self.ended else { return Duration::ZERO };
+        let rest = busy.mul_f64((1.0 - duty) / duty);
+        (ended + rest).saturating_sub(now)
+    }
+}
 
 impl Gate for PermitGate<'_> {
     /// Waits in here, on the condition variable, so that what comes is answered at once; then asks to be asked again.
     fn pace(&mut self) -> Pace {
-        let link = self.0;
+        let link = self.link;
         let asked = lock(&link.asked);
         if let Some(stop) = &asked.stop {
             return Pace::Stop(stop.reason);
         }
-        if link.clock.monotonic() < asked.until {
-            drop(asked);
-            let mut progress = lock(&link.progress);
-            if progress.phase == Phase::Parked {
-                progress.phase = Phase::Training;
+        let now = link.clock.monotonic();
+        // Reckoned anew each time: a duty that has changed meanwhile holds for the rest that is left.
+        let rest = self.rest(asked.duty, now);
+        if now < asked.until {
+            if rest.is_zero() {
+                drop(asked);
+                let mut progress = lock(&link.progress);
+                if progress.phase == Phase::Parked {
+                    progress.phase = Phase::Training;
+                }
+                drop(progress);
+                self.began = Some(now);
+                self.ended = None;
+                return Pace::Run;
             }
-            return Pace::Run;
+            link.tick();
+        } else {
+            link.enter(Phase::Parked);
         }
-        link.enter(Phase::Parked);
         if asked.requests.is_empty() {
-            drop(link.changed.wait_timeout(asked, NAP));
+            let nap = if now < asked.until { rest.min(NAP) } else { NAP };
+            drop(link.changed.wait_timeout(asked, nap));
         }
         Pace::Wait(Duration::ZERO)
     }
 
     fn request(&mut self) -> Option<gate::Request> {
-        lock(&self.0.asked).requests.pop_front()
+        lock(&self.link.asked).requests.pop_front()
     }
 }
 

@@ -217,7 +217,7 @@ fn run_when_free(spec: &Spec, start: &Start, link: &Link) -> Result<Outcome, Run
     let paths = RunPaths { output: start.directory.clone(), cache: start.cache.clone() };
     let deadline = link.clock().monotonic() + LOCK;
     loop {
-        match run(spec, &paths, true, &mut PermitGate(link), &mut Teller(link), link.clock()) {
+        match run(spec, &paths, true, &mut PermitGate::new(link), &mut Teller(link), link.clock()) {
             Err(RunError::Lock(LockError::Held { .. })) if link.clock().monotonic() < deadline => {
                 link.tick();
                 link.clock().sleep(LOOK);

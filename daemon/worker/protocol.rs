@@ -93,8 +93,16 @@ pub struct Start {
 pub struct Permit {
     /// Compute; else wait for the next permit.
     pub run: bool,
+    /// Share of the time that may be computed, above 0 and at most 1: after a micro-step of `t` the worker rests for
+    /// `t · (1 − duty) / duty`.
+    #[serde(default = "whole")]
+    pub duty: f64,
     /// Until when, as milliseconds of `CLOCK_MONOTONIC`.
     pub until_ms: u64,
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 /// What the worker is doing.
