@@ -10,3 +10,4 @@
 //! time.
 
 pub mod readings;
+pub mod sensors;
