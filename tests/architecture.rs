@@ -52,6 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "checkpoint",
             "train",
             "worker",
+            "governor",
             "service",
         ],
     ),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
-//!   run, plan, generate, demo, data, spec, config      the commands
+//!   run, plan, generate, demo, data, spec, config, sensors      the commands
 //!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   console     who writes where                     exit        exit codes and error messages
@@ -20,6 +20,7 @@ mod interrupt;
 mod plan;
 mod progress;
 mod run;
+mod sensors;
 mod spec;
 mod worker;
 
@@ -80,6 +81,20 @@ Example:
     /// Look at the daemon's configuration
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Show what can be read of this machine: temperatures, power, clocks, supply
+    #[command(after_help = "\
+Examples:
+  finetuned sensors
+  finetuned sensors --watch
+  finetuned sensors --json | jq .readings.power
+
+Reads files of the kernel only, starts no program and needs no rights.")]
+    Sensors(sensors::SensorsArguments),
+    /// Record what the sensors say, a line of CSV for every round
+    #[command(after_help = "\
+Example:
+  finetuned record-sensors --output night.csv --interval 1s --duration 8h")]
+    RecordSensors(sensors::RecordArguments),
     /// Train for the daemon at standard input
     #[command(hide = true)]
     Worker(worker::WorkerArguments),
@@ -114,6 +129,8 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Data(command) => data::command(command),
         Command::Spec(command) => spec::command(command),
         Command::Config(command) => config::command(command),
+        Command::Sensors(arguments) => sensors::show(arguments),
+        Command::RecordSensors(arguments) => sensors::record(arguments),
         Command::Worker(arguments) => worker::command(arguments),
     }
 }

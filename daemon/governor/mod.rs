@@ -10,6 +10,7 @@
 //! time.
 
 pub mod readings;
+pub mod sensors;
 
 use crate::reason::Reason;
 
