@@ -24,10 +24,12 @@ pub struct Budget {
     pub memory_floor: Bytes,
     /// Lowest share of the time that is worth computing; below it the run pauses instead.
     pub duty_floor: f64,
+    /// Ceiling of the fan's duty, 0 to 1. No key: the daemon sets it to `[window] quiet_fan` while quiet hours last.
+    pub fan: Option<f64>,
 }
 
 /// `[window]`: when.
-#[derive(Clone, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Window {
     /// `"22:00-06:00"`, `"sat,sun 00:00-24:00"`, local time; empty is always.
     pub times: Vec<String>,
@@ -77,7 +79,21 @@ impl Default for Budget {
             energy_gross: true,
             memory_floor: Bytes(1 << 30),
             duty_floor: 0.05,
+            fan: None,
         }
+    }
+}
+
+impl Budget {
+    /// No configuration lets the chip compute above this. The kernel of an AGX Orin throttles from 99 °C (passive trips
+    /// of cpu, gpu, cv and soc in the device tree of p3701) and its firmware from 101 °C; a stop needs a few degrees
+    /// before it works. Where the trips of a machine are lower, `governor::control` lowers the stop further.
+    pub const STOP_LIMIT: Celsius = Celsius(95.0);
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { times: Vec::new(), quiet: Vec::new(), quiet_fan: 0.3 }
     }
 }
 

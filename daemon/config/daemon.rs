@@ -1,5 +1,6 @@
 //! The daemon's configuration. `docs/configuration.md` documents every key.
 
+use super::budget::{Board, Budget, Conditions, Window};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,6 +18,14 @@ pub struct DaemonConfig {
     pub authorization: AuthorizationConfig,
     /// `[log]`
     pub log: LogConfig,
+    /// `[budget]`
+    pub budget: Budget,
+    /// `[window]`
+    pub window: Window,
+    /// `[conditions]`
+    pub conditions: Conditions,
+    /// `[board]`
+    pub board: Board,
 }
 
 /// `[storage]`: where things lie.

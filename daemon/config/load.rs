@@ -9,8 +9,11 @@
 //! replaces the one of the same name in `/usr/lib`. A missing file is an empty one, unless it was asked for by name.
 //! Mistakes are collected over all files; with one, there is no configuration.
 
+use super::budget::{Board, Budget, Conditions, Window};
 use super::daemon::*;
 use super::document::{Document, Entry, Mistake, Place, Value, nearest};
+use super::times::Hours;
+use crate::units::{Bytes, Celsius, Joules, Watts};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -25,6 +28,14 @@ const PAGE: &str = "docs/configuration.md";
 const MAX_BYTES: usize = 1 << 20;
 /// File name of the configuration; drop-ins lie in the directory of this name with `.d`.
 const NAME: &str = "finetuned.toml";
+
+/// The word for what is not limited.
+const NONE: &str = "none";
+/// The word for what is found out.
+const AUTO: &str = "auto";
+/// Largest power and energy that are taken for meant, in watts and watt-hours.
+const POWERS: RangeInclusive<f64> = 1.0..=10_000.0;
+const ENERGIES: RangeInclusive<f64> = 0.001..=1_000_000.0;
 
 const LEVELS: &[(&str, &str)] =
     &[("error", "error"), ("warn", "warn"), ("info", "info"), ("debug", "debug"), ("trace", "trace")];
@@ -106,6 +117,10 @@ impl DaemonConfig {
                 group: "finetuned".into(),
             },
             log: LogConfig { level: "info".into() },
+            budget: Budget::default(),
+            window: Window::default(),
+            conditions: Conditions::default(),
+            board: Board::default(),
         }
     }
 
@@ -188,6 +203,31 @@ impl DaemonConfig {
         let mut level = self.log.level.as_str();
         keys.choice("log", "level", LEVELS, &mut level);
         self.log.level = level.to_string();
+        let budget = &mut self.budget;
+        keys.celsius("budget", "temperature", 30.0..=94.0, &mut budget.temperature);
+        keys.celsius("budget", "temperature_stop", 31.0..=Budget::STOP_LIMIT.0, &mut budget.temperature_stop);
+        keys.celsius("budget", "temperature_resume", 20.0..=93.0, &mut budget.temperature_resume);
+        keys.power("budget", "power", &mut budget.power);
+        keys.energy("budget", "energy_per_night", &mut budget.energy_per_night);
+        keys.energy("budget", "energy_per_run", &mut budget.energy_per_run);
+        keys.boolean("budget", "energy_gross", &mut budget.energy_gross);
+        keys.size("budget", "memory_floor", &mut budget.memory_floor.0);
+        keys.number("budget", "duty_floor", 0.01..=0.9, &mut budget.duty_floor);
+        let window = &mut self.window;
+        keys.hours("window", "times", &mut window.times);
+        keys.hours("window", "quiet", &mut window.quiet);
+        keys.number("window", "quiet_fan", 0.0..=1.0, &mut window.quiet_fan);
+        let conditions = &mut self.conditions;
+        keys.boolean("conditions", "external_power", &mut conditions.external_power);
+        keys.number("conditions", "minimum_battery", 0.0..=1.0, &mut conditions.minimum_battery);
+        keys.number("conditions", "maximum_gpu_load", 0.0..=1.0, &mut conditions.maximum_gpu_load);
+        keys.load("conditions", "maximum_load", &mut conditions.maximum_load);
+        let board = &mut self.board;
+        keys.board("board", "name", &mut board.name);
+        keys.rails("board", "rails", &mut board.rails);
+        keys.number("board", "power_factor", 0.1..=10.0, &mut board.power_factor);
+        keys.offset("board", "power_offset", &mut board.power_offset);
+        keys.interval("board", "interval", &mut board.interval);
     }
 
     /// What no single key can be blamed for.
@@ -198,6 +238,19 @@ impl DaemonConfig {
         };
         if self.worker.backoff_limit < self.worker.backoff {
             complain("worker.backoff_limit", "is shorter than worker.backoff; make it at least as long");
+        }
+        let Budget { temperature, temperature_stop, temperature_resume, .. } = self.budget;
+        if temperature_resume >= temperature {
+            complain(
+                "budget.temperature_resume",
+                &format!("is {temperature_resume}, not below budget.temperature, {temperature}; lower it"),
+            );
+        }
+        if temperature >= temperature_stop {
+            complain(
+                "budget.temperature",
+                &format!("is {temperature}, not below budget.temperature_stop, {temperature_stop}; lower it"),
+            );
         }
         for (key, path) in [
             ("storage.state_directory", &self.storage.state_directory),
@@ -233,7 +286,14 @@ impl DaemonConfig {
     }
 
     fn keys(&self) -> Vec<(&'static str, &'static str, String)> {
-        let DaemonConfig { storage, limits, worker, authorization, log } = self;
+        let DaemonConfig { storage, limits, worker, authorization, log, budget, window, conditions, board } =
+            self;
+        let strings = |texts: &[String]| {
+            format!("[{}]", texts.iter().map(|text| string(text)).collect::<Vec<_>>().join(", "))
+        };
+        let energy = |energy: Option<Joules>| {
+            energy.map_or(string(NONE), |energy| string(&format!("{}Wh", decimal(energy.watt_hours()))))
+        };
         let path = |path: &Path| string(&path.to_string_lossy());
         let paths: Vec<String> = storage.model_directories.iter().map(|directory| path(directory)).collect();
         let word = METHODS.iter().find(|(_, method)| *method == authorization.method).map_or("", |(w, _)| w);
@@ -269,12 +329,56 @@ impl DaemonConfig {
             ("authorization", "method", string(word)),
             ("authorization", "group", string(&authorization.group)),
             ("log", "level", string(&log.level)),
+            ("budget", "temperature", decimal(budget.temperature.0)),
+            ("budget", "temperature_stop", decimal(budget.temperature_stop.0)),
+            ("budget", "temperature_resume", decimal(budget.temperature_resume.0)),
+            ("budget", "power", budget.power.map_or(string(NONE), watts)),
+            ("budget", "energy_per_night", energy(budget.energy_per_night)),
+            ("budget", "energy_per_run", energy(budget.energy_per_run)),
+            ("budget", "energy_gross", budget.energy_gross.to_string()),
+            ("budget", "memory_floor", with_unit(budget.memory_floor.0, SIZES)),
+            ("budget", "duty_floor", decimal(budget.duty_floor)),
+            ("window", "times", strings(&window.times)),
+            ("window", "quiet", strings(&window.quiet)),
+            ("window", "quiet_fan", decimal(window.quiet_fan)),
+            ("conditions", "external_power", conditions.external_power.to_string()),
+            ("conditions", "minimum_battery", decimal(conditions.minimum_battery)),
+            ("conditions", "maximum_gpu_load", decimal(conditions.maximum_gpu_load)),
+            ("conditions", "maximum_load", conditions.maximum_load.map_or(string(NONE), decimal)),
+            ("board", "name", string(board.name.as_deref().unwrap_or(AUTO))),
+            ("board", "rails", board.rails.as_deref().map_or(string(AUTO), strings)),
+            ("board", "power_factor", decimal(board.power_factor)),
+            ("board", "power_offset", watts(board.power_offset)),
+            ("board", "interval", duration(board.interval)),
         ]
     }
 }
 
 fn string(text: &str) -> String {
     toml::Value::String(text.to_string()).to_string()
+}
+
+fn watts(power: Watts) -> String {
+    string(&format!("{}W", decimal(power.0)))
+}
+
+/// At most six decimals, and none that is zero: what was read from such a text reads back to the same.
+fn decimal(value: f64) -> String {
+    let text = format!("{value:.6}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    if text == "-0" { "0".into() } else { text.into() }
+}
+
+/// A number, or a text of a number and this unit, within the range.
+fn quantity(value: &Value, unit: &str, range: &RangeInclusive<f64>) -> Option<f64> {
+    let number = match value {
+        Value::Integer(number) => *number as f64,
+        Value::Float(number) => *number,
+        Value::String(text) => text.trim().strip_suffix(unit)?.trim_end().parse().ok()?,
+        _ => return None,
+    };
+    // A NaN is in no range.
+    range.contains(&number).then_some(number)
 }
 
 fn duration(duration: Duration) -> String {
@@ -427,6 +531,130 @@ impl Keys<'_> {
             Value::String(text) => parse_units(text, DURATIONS)
                 .filter(|ms| (seconds.start() * 1000..=seconds.end() * 1000).contains(ms))
                 .map(Duration::from_millis),
+            _ => None,
+        });
+    }
+
+    fn boolean(&mut self, section: &'static str, key: &'static str, value: &mut bool) {
+        self.set(section, key, "true, false", value, |given| match given {
+            Value::Boolean(boolean) => Some(*boolean),
+            _ => None,
+        });
+    }
+
+    fn number(
+        &mut self,
+        section: &'static str,
+        key: &'static str,
+        range: RangeInclusive<f64>,
+        value: &mut f64,
+    ) {
+        let allowed = format!("a number from {} to {}", range.start(), range.end());
+        self.set(section, key, &allowed, value, |given| match given {
+            Value::String(_) => None,
+            number => quantity(number, "", &range),
+        });
+    }
+
+    fn celsius(
+        &mut self,
+        section: &'static str,
+        key: &'static str,
+        range: RangeInclusive<f64>,
+        value: &mut Celsius,
+    ) {
+        let allowed = format!("a number of °C from {} to {}", range.start(), range.end());
+        self.set(section, key, &allowed, value, |given| match given {
+            Value::String(_) => None,
+            number => quantity(number, "", &range).map(Celsius),
+        });
+    }
+
+    fn power(&mut self, section: &'static str, key: &'static str, value: &mut Option<Watts>) {
+        let allowed = "\"none\", or a power such as \"25W\" or a number of watts, from 1 to 10000";
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(word) if word == NONE => Some(None),
+            power => quantity(power, "W", &POWERS).map(|watts| Some(Watts(watts))),
+        });
+    }
+
+    fn offset(&mut self, section: &'static str, key: &'static str, value: &mut Watts) {
+        let allowed = "a power such as \"2.5W\" or a number of watts, from -100 to 100";
+        self.set(section, key, allowed, value, |given| quantity(given, "W", &(-100.0..=100.0)).map(Watts));
+    }
+
+    fn energy(&mut self, section: &'static str, key: &'static str, value: &mut Option<Joules>) {
+        let allowed =
+            "\"none\", or an energy such as \"40Wh\" or a number of watt-hours, from 0.001 to 1000000";
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(word) if word == NONE => Some(None),
+            energy => quantity(energy, "Wh", &ENERGIES).map(|hours| Some(Joules::from_watt_hours(hours))),
+        });
+    }
+
+    fn load(&mut self, section: &'static str, key: &'static str, value: &mut Option<f64>) {
+        let allowed = "\"none\", or a number from 0 to 1000";
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(word) if word == NONE => Some(None),
+            Value::String(_) => None,
+            number => quantity(number, "", &(0.0..=1000.0)).map(Some),
+        });
+    }
+
+    fn hours(&mut self, section: &'static str, key: &'static str, value: &mut Vec<String>) {
+        let Some(entry) = self.document.take(section, key) else { return };
+        let Value::Array(items) = &entry.value else {
+            return self.wrong(section, key, &entry, "a list of strings such as \"22:00-06:00\"");
+        };
+        let mut read = Vec::new();
+        for item in items {
+            let Value::String(text) = item else {
+                return self.wrong(section, key, &entry, "a list of strings such as \"22:00-06:00\"");
+            };
+            match Hours::parse(text) {
+                Ok(_) => read.push(text.clone()),
+                Err(error) => {
+                    return self.document.complain_value(section, key, &entry, error.to_string());
+                }
+            }
+        }
+        *value = read;
+    }
+
+    fn board(&mut self, section: &'static str, key: &'static str, value: &mut Option<String>) {
+        let allowed = "\"auto\", or the name of a board: 1 to 64 of a-z, 0-9, `_` and `-`";
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(word) if word == AUTO => Some(None),
+            Value::String(name) if (1..=64).contains(&name.len()) && name.chars().all(plain) => {
+                Some(Some(name.clone()))
+            }
+            _ => None,
+        });
+    }
+
+    fn rails(&mut self, section: &'static str, key: &'static str, value: &mut Option<Vec<String>>) {
+        let allowed = "\"auto\", or a list of rails' labels";
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(word) if word == AUTO => Some(None),
+            Value::Array(items) => items
+                .iter()
+                .map(|item| match item {
+                    Value::String(label) if !label.is_empty() => Some(label.clone()),
+                    _ => None,
+                })
+                .collect::<Option<Vec<_>>>()
+                .map(Some),
+            _ => None,
+        });
+    }
+
+    fn interval(&mut self, section: &'static str, key: &'static str, value: &mut Duration) {
+        let allowed = "a duration such as \"500ms\" (ms, s), from 100 to 1000 ms";
+        self.set(section, key, allowed, value, |given| match given {
+            Value::String(text) => {
+                parse_units(text, DURATIONS).filter(|ms| (100..=1000).contains(ms)).map(Duration::from_millis)
+            }
             _ => None,
         });
     }
@@ -585,6 +813,27 @@ mod tests {
             group = "operators"
             [log]
             level = "debug"
+            [budget]
+            temperature = 72.5
+            temperature_resume = 60
+            power = "22.5 W"
+            energy_per_night = 40
+            energy_per_run = "0.7Wh"
+            energy_gross = false
+            memory_floor = "512MiB"
+            [window]
+            times = ["22:00-06:00", "sat,sun 00:00-24:00"]
+            quiet = ["mon-fri 22:00-06:00"]
+            quiet_fan = 0.25
+            [conditions]
+            external_power = true
+            maximum_load = 0.5
+            [board]
+            name = "agx-orin"
+            rails = ["VDD_GPU_SOC", "VDD_CPU_CV"]
+            power_factor = 1.1
+            power_offset = "-0.5W"
+            interval = "250ms"
         "#;
         let config = parse(text).unwrap();
         assert_eq!(config.storage.model_directories, [Path::new("/srv/models"), Path::new("/opt/models")]);
@@ -596,6 +845,15 @@ mod tests {
         assert_eq!(config.worker.backoff_limit, Duration::from_secs(5400));
         assert_eq!(config.authorization.method, Authorization::Group);
         assert_eq!(config.log.level, "debug");
+        let budget = &config.budget;
+        assert_eq!((budget.temperature, budget.temperature_resume), (Celsius(72.5), Celsius(60.0)));
+        assert_eq!(budget.temperature_stop, Celsius(95.0));
+        assert_eq!((budget.power, budget.energy_per_night), (Some(Watts(22.5)), Some(Joules(144_000.0))));
+        assert_eq!((budget.energy_gross, budget.memory_floor), (false, Bytes(512 << 20)));
+        assert_eq!(config.window.times, ["22:00-06:00", "sat,sun 00:00-24:00"]);
+        assert_eq!((config.conditions.external_power, config.conditions.maximum_load), (true, Some(0.5)));
+        assert_eq!(config.board.power_offset, Watts(-0.5));
+        assert_eq!(config.board.interval, Duration::from_millis(250));
         assert_eq!(parse(&config.to_toml()), Ok(config.clone()));
         assert_eq!(parse(&system().to_toml()), Ok(system()));
         assert_eq!(parse(""), Ok(system()));
@@ -657,6 +915,38 @@ zebra = 1
                 "finetuned.toml: worker.backoff_limit: is shorter than worker.backoff; make it at least as long"
             ]
         );
+    }
+
+    #[test]
+    fn limits_that_contradict_each_other_are_refused() {
+        let order = parse("[budget]\ntemperature = 80\ntemperature_resume = 80\ntemperature_stop = 79\n");
+        assert_eq!(
+            order.unwrap_err(),
+            [
+                "finetuned.toml: budget.temperature_resume: is 80.0 °C, not below budget.temperature, 80.0 °C; lower it",
+                "finetuned.toml: budget.temperature: is 80.0 °C, not below budget.temperature_stop, 79.0 °C; lower it",
+            ]
+        );
+        for (text, words) in [
+            ("[budget]\ntemperature_stop = 96\n", "allowed: a number of °C from 31 to 95"),
+            ("[budget]\ntemperature = nan\n", "allowed: a number of °C from 30 to 94"),
+            ("[budget]\ntemperature = \"80\"\n", "allowed: a number of °C"),
+            ("[budget]\npower = \"25\"\n", "allowed: \"none\", or a power such as \"25W\""),
+            ("[budget]\npower = \"infW\"\n", "allowed: \"none\", or a power"),
+            ("[budget]\nenergy_per_night = \"40W\"\n", "such as \"40Wh\""),
+            ("[window]\ntimes = \"22:00-06:00\"\n", "allowed: a list of strings"),
+            ("[window]\ntimes = [\"22:00-26:00\"]\n", "\"22:00-26:00\": at character 7"),
+            ("[conditions]\nminimum_battery = 30\n", "allowed: a number from 0 to 1"),
+            ("[board]\ninterval = \"5s\"\n", "from 100 to 1000 ms"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.len() == 1 && error[0].contains(words), "{error:?}");
+        }
+        let mut config = system();
+        let mut mistakes = Vec::new();
+        config.apply("[budget]\npower = 20\n", "a", &mut mistakes);
+        config.apply("[budget]\npower = \"none\"\n", "b", &mut mistakes);
+        assert_eq!((config.budget.power, mistakes.len()), (None, 0), "a drop-in takes a limit away");
     }
 
     #[test]

@@ -7,8 +7,8 @@
 //! `spec` holds the values, `document` knows TOML and where each key stands, `resolve` knows every key with its type,
 //! range and default, `render` writes a spec back and says which keys determine a result.
 //!
-//! The daemon's own configuration goes the same way: `daemon` holds the values, `load` finds the files and knows the
-//! keys.
+//! The daemon's own configuration goes the same way: `daemon` and `budget` hold the values, `load` finds the files and
+//! knows the keys, `times` reads hours of the week.
 
 pub mod budget;
 pub mod daemon;
@@ -17,6 +17,7 @@ mod load;
 mod render;
 mod resolve;
 pub mod spec;
+pub mod times;
 
 pub use document::{Mistake, Place};
 pub use load::{ConfigError, Mode};

@@ -9,6 +9,7 @@
 //! Reading is in `sensors`, which knows boards; deciding is in `control`, a pure function of state, readings, budget and
 //! time.
 
+pub mod control;
 pub mod readings;
 pub mod sensors;
 
