@@ -57,17 +57,14 @@ impl Loop {
             let share = random.uniform(0.3, 1.1);
             budget.power = Some(Watts(plant.idle + share * plant.full));
         }
-        Loop {
-            plant,
-            thermometer,
-            random,
-            budget,
-            state: State::default(),
-            decision: Decision::default(),
-        }
+        Loop { plant, thermometer, random, budget, state: State::default(), decision: Decision::default() }
     }
 
-    fn run(&mut self, seconds: f64, mut disturb: impl FnMut(&mut Plant, &mut Thermometer, &mut Random)) -> Outcome {
+    fn run(
+        &mut self,
+        seconds: f64,
+        mut disturb: impl FnMut(&mut Plant, &mut Thermometer, &mut Random),
+    ) -> Outcome {
         let mut outcome = Outcome::default();
         let mut best = self.plant.clone();
         let mut swings = Swings::new(10.0);
@@ -81,8 +78,7 @@ impl Loop {
                 disturb(&mut self.plant, &mut self.thermometer, &mut self.random);
                 (best.fan, best.other) = (self.plant.fan, self.plant.other);
                 let now = Duration::from_secs_f64(1000.0 + self.plant.at);
-                let read =
-                    readings(&self.plant, &mut self.thermometer, metered, now, &mut self.random);
+                let read = readings(&self.plant, &mut self.thermometer, metered, now, &mut self.random);
                 let held = self.decision.duty == 0.0;
                 (self.state, self.decision) = step(&self.state, &read, &self.budget, now);
                 outcome.holds += usize::from(self.decision.duty == 0.0 && !held);
@@ -167,6 +163,10 @@ fn a_thousand_machines_stay_at_their_set_points() {
     assert!(limited > 300, "the machines hardly need a governor");
     assert!(overshoot.0 <= 1.5, "{overshoot:?}");
     assert!(hottest.0 < TRIP);
-    assert!(ratios[0] >= 0.9, "{:?}", outcomes.iter().min_by(|a, b| (a.1.duty / a.1.oracle).total_cmp(&(b.1.duty / b.1.oracle))));
+    assert!(
+        ratios[0] >= 0.9,
+        "{:?}",
+        outcomes.iter().min_by(|a, b| (a.1.duty / a.1.oracle).total_cmp(&(b.1.duty / b.1.oracle)))
+    );
     assert!(swings.0 <= 6.0, "{swings:?}");
 }

@@ -19,10 +19,10 @@ const MAX_FILES: usize = 16;
 const MAX_PATH: usize = 4096;
 
 /// Longest name of a spec, a model, a program, in bytes.
-const MAX_NAME: usize = 255;
+pub(super) const MAX_NAME: usize = 255;
 
 /// Longest purpose of a hold, in bytes.
-const MAX_WHY: usize = 1024;
+pub(super) const MAX_WHY: usize = 1024;
 
 /// The object.
 pub struct Manager {

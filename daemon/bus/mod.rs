@@ -15,6 +15,7 @@
 
 pub mod authority;
 pub mod error;
+pub mod governor;
 mod input;
 pub mod log_control;
 pub mod manager;
@@ -27,14 +28,17 @@ mod slots;
 mod tests;
 
 pub use error::Error;
+pub use governor::GovernorProxy;
 pub use log_control::{LogSwitch, LogTarget};
 pub use manager::ManagerProxy;
 pub use run::RunProxy;
 pub use server::{Endpoint, ServeError, Server, Service};
 
+use crate::governor::View;
 use crate::runs::Runs;
 use std::collections::HashMap;
 use std::sync::Arc;
+use tokio::sync::watch;
 use zbus::{OwnedVariant, Variant};
 
 /// The name on the bus.
@@ -53,6 +57,8 @@ const WAITS: u32 = 256;
 #[derive(Clone, Debug)]
 struct Context {
     runs: Runs,
+    /// What the governor sees and decides.
+    governor: watch::Receiver<Arc<View>>,
     authority: Arc<authority::Authority>,
     waits: Arc<slots::Slots>,
 }

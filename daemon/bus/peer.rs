@@ -152,8 +152,12 @@ fn clear(path: &Path) -> Result<(), String> {
 /// Serves one peer until its connection ends.
 async fn attend(stream: UnixStream, name: String, service: Service) {
     let authority = Authority::new(service.authorization.clone(), Origin::Peer(name.clone()));
-    let context =
-        Context { runs: service.runs.clone(), authority: Arc::new(authority), waits: service.waits.clone() };
+    let context = Context {
+        runs: service.runs.clone(),
+        governor: service.governor.clone(),
+        authority: Arc::new(authority),
+        waits: service.waits.clone(),
+    };
     match converse(stream, context, &service).await {
         Ok(Ended::Closed) => tracing::debug!("{name}: closed"),
         Ok(ended) => tracing::warn!("{name} is dropped: {ended}"),

@@ -10,6 +10,7 @@
 //! then ends, and systemd starts it again.
 
 use super::authority::{Authority, Origin};
+use super::governor::Governor;
 use super::log_control::{self, LogControl, LogSwitch};
 use super::manager::Manager;
 use super::peer::Listener;
@@ -18,13 +19,14 @@ use super::run::{self, Run};
 use super::slots::Slots;
 use super::{Context, NAME, ROOT, WAITS};
 use crate::config::daemon::{AuthorizationConfig, LimitsConfig};
+use crate::governor::View;
 use crate::runs::{RunView, Runs};
 use futures_util::StreamExt;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use zbus::connection::Builder;
@@ -108,6 +110,7 @@ pub enum ServeError {
 #[derive(Clone)]
 pub struct Service {
     pub(super) runs: Runs,
+    pub(super) governor: watch::Receiver<Arc<View>>,
     pub(super) authorization: AuthorizationConfig,
     pub(super) waits: Arc<Slots>,
     pub(super) log: Arc<dyn LogSwitch>,
@@ -118,12 +121,13 @@ impl Service {
     /// The runs, under these rules.
     pub fn new(
         runs: Runs,
+        governor: watch::Receiver<Arc<View>>,
         authorization: AuthorizationConfig,
         limits: &LimitsConfig,
         log: Arc<dyn LogSwitch>,
     ) -> Service {
         let waits = Arc::new(Slots::new(limits.waits_per_sender, WAITS));
-        Service { runs, authorization, waits, log, pace: Pace::default() }
+        Service { runs, governor, authorization, waits, log, pace: Pace::default() }
     }
 }
 
@@ -164,6 +168,7 @@ impl Server {
         };
         let context = Context {
             runs: service.runs.clone(),
+            governor: service.governor.clone(),
             authority: Arc::new(Authority::new(service.authorization.clone(), origin)),
             waits: service.waits.clone(),
         };
@@ -231,6 +236,7 @@ pub(super) fn objects<'a>(
 ) -> Builder<'a> {
     let mut builder = builder
         .serve_at(ROOT, Manager { context: context.clone() })
+        .serve_at(ROOT, Governor { context: context.clone() })
         .serve_at(ROOT, fdo::ObjectManager)
         .serve_at(log_control::PATH, LogControl { context: context.clone(), log: log.clone() });
     for view in views {

@@ -24,6 +24,9 @@ pub struct DaemonArguments {
     /// Where quantised bases and tokens lie
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+    /// Look for sensors below this directory instead of /: for trying a budget on a simulated board
+    #[arg(long, value_name = "DIR")]
+    sysfs_root: Option<PathBuf>,
 }
 
 /// Runs the daemon.
@@ -37,6 +40,7 @@ pub fn command(arguments: &DaemonArguments) -> Result<Exit, Failure> {
         peers: arguments.peer.clone(),
         state_directory: absolute(&arguments.state_dir)?,
         cache_directory: absolute(&arguments.cache_dir)?,
+        sysfs_root: absolute(&arguments.sysfs_root)?,
     };
     match service::run(arguments) {
         Ok(()) => Ok(Exit::Done),

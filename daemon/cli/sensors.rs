@@ -205,7 +205,9 @@ fn as_text(sensors: &Sensors, readings: &Readings) -> String {
         ("GPU load", readings.gpu_load.map(percent)),
         (
             "GPU clock",
-            readings.gpu_clock.map(|(clock, limit)| format!("{} of {} MHz", clock / 1_000_000, limit / 1_000_000)),
+            readings
+                .gpu_clock
+                .map(|(clock, limit)| format!("{} of {} MHz", clock / 1_000_000, limit / 1_000_000)),
         ),
         ("throttled", Some(if readings.throttled { "yes" } else { "no" }.to_string())),
         (

@@ -206,6 +206,13 @@ pub struct State {
     alarms: AlarmWatch,
 }
 
+impl State {
+    /// Where the state machine is.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+}
+
 /// A filtered value and the one before.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Average {
@@ -306,7 +313,8 @@ fn sane(budget: &Budget) -> Budget {
     };
     let stop = pick(budget.temperature_stop.0, 10.0..=Budget::STOP_LIMIT.0, default.temperature_stop.0);
     let set = pick(budget.temperature.0, 0.0..=Budget::STOP_LIMIT.0, default.temperature.0).min(stop);
-    let resume = pick(budget.temperature_resume.0, -20.0..=Budget::STOP_LIMIT.0, default.temperature_resume.0);
+    let resume =
+        pick(budget.temperature_resume.0, -20.0..=Budget::STOP_LIMIT.0, default.temperature_resume.0);
     sane.temperature_stop = Celsius(stop);
     sane.temperature = Celsius(set);
     sane.temperature_resume = Celsius(resume);
@@ -320,7 +328,8 @@ impl Limits {
     /// Limits of a zone: the budget's, lowered where the machine's own trips are near. A part of the board without trips
     /// has none: what it bears is not known, and the chip beside it is the hotter one.
     fn of(zone: &Zone, budget: &Budget) -> Option<Limits> {
-        let known = |trip: Option<Celsius>| trip.map(|trip| trip.0).filter(|trip| (20.0..200.0).contains(trip));
+        let known =
+            |trip: Option<Celsius>| trip.map(|trip| trip.0).filter(|trip| (20.0..200.0).contains(trip));
         let (passive, critical) = (known(zone.passive_trip), known(zone.critical_trip));
         let stop = budget.temperature_stop.0;
         let trips = [passive.map(|trip| trip - BELOW_TRIP), critical.map(|trip| trip - BELOW_CRITICAL)];
@@ -420,9 +429,8 @@ impl State {
             let reading = listed.map_or(Reading::Lost { since: now }, |listed| listed.temperature);
             let verdict = zone.sensor.step(&reading, duty, now);
             // Where no zone stands for the whole chip, every part of it must be known.
-            let needed = zone.required
-                || zone.role == ZoneRole::Junction
-                || (zone.role == ZoneRole::Die && !junction);
+            let needed =
+                zone.required || zone.role == ZoneRole::Junction || (zone.role == ZoneRole::Die && !junction);
             let temperature = match verdict {
                 Verdict::Live(temperature) | Verdict::Hot(temperature) => temperature.0,
                 Verdict::Offline => {
@@ -493,12 +501,13 @@ impl State {
         self.holds.retain(|held| now.saturating_sub(*held) < REMEMBER);
         let earlier = self.holds.len().min(3) as u32;
         // A machine that has not computed yet has nothing to rest from.
-        let rest = if self.at.is_some() && self.duty == 0.0 && self.boot.is_none() && self.level == Level::Boot {
-            Duration::ZERO
-        } else {
-            self.holds.push(now);
-            (REST * REST_FACTOR.pow(earlier)).min(REST_LIMIT)
-        };
+        let rest =
+            if self.at.is_some() && self.duty == 0.0 && self.boot.is_none() && self.level == Level::Boot {
+                Duration::ZERO
+            } else {
+                self.holds.push(now);
+                (REST * REST_FACTOR.pow(earlier)).min(REST_LIMIT)
+            };
         self.duty = 0.0;
         self.boot = None;
         self.floored = None;
@@ -512,9 +521,8 @@ impl State {
         let power = self.power.map(|power| power.now);
         let Some(hold) = &mut self.hold else { return };
         let over = heat.over_stop.unwrap_or(f64::NEG_INFINITY);
-        let lasts = |since: Option<Duration>, length| {
-            since.is_some_and(|since| now.saturating_sub(since) >= length)
-        };
+        let lasts =
+            |since: Option<Duration>, length| since.is_some_and(|since| now.saturating_sub(since) >= length);
         let since = |condition: bool, since: Option<Duration>| condition.then(|| since.unwrap_or(now));
         hold.above_since = since(over >= CRITICAL_ABOVE, hold.above_since);
         let hot_at_rest = over >= 0.0 && now.saturating_sub(hold.since) >= HOT_AT_REST;
@@ -578,8 +586,7 @@ impl State {
         let nearest = heat.nearest.map(|(temperature, _)| temperature);
         let mut target = self.duty;
         if self.level == Level::Boot {
-            let boot =
-                self.boot.get_or_insert(BootState { since: now, before: nearest, measured: false });
+            let boot = self.boot.get_or_insert(BootState { since: now, before: nearest, measured: false });
             let elapsed = now.saturating_sub(boot.since).as_secs_f64();
             if elapsed < ANSWER_AFTER && heat.over_stop.is_none_or(|over| over < -BELOW_STOP) {
                 target = FIRST;
@@ -632,7 +639,9 @@ impl State {
             }
             Level::Boot => self.limit = None,
             Level::Nominal if self.duty < 1.0 => self.enter(Level::Soft, now),
-            Level::Soft if self.duty < 1.0 => self.since = if settled { now.saturating_sub(DWELL) } else { self.since },
+            Level::Soft if self.duty < 1.0 => {
+                self.since = if settled { now.saturating_sub(DWELL) } else { self.since }
+            }
             Level::Soft if settled => self.enter(Level::Nominal, now),
             _ => {}
         }
@@ -648,14 +657,14 @@ impl Heat {
         let larger = |old: Option<f64>, new: f64| Some(old.map_or(new, |old: f64| old.max(new)));
         self.over_stop = larger(self.over_stop, temperature - limits.stop);
         self.over_resume = larger(self.over_resume, temperature - limits.resume);
-        let nearer =
-            self.nearest.is_none_or(|(nearest, set)| nearest - set < temperature - limits.set);
+        let nearer = self.nearest.is_none_or(|(nearest, set)| nearest - set < temperature - limits.set);
         if nearer {
             self.nearest = Some((temperature, limits.set));
         }
         let filtered = Average::step(zone.filtered, temperature, dt, FILTER);
         zone.filtered = Some(filtered);
-        zone.ripple += ((temperature - filtered.now).max(0.0).min(5.0) * 2.0 - zone.ripple) * (dt / 8.0).min(1.0);
+        zone.ripple +=
+            ((temperature - filtered.now).max(0.0).min(5.0) * 2.0 - zone.ripple) * (dt / 8.0).min(1.0);
         let distance = limits.set - MARGIN - zone.ripple.min(2.5) - filtered.now;
         if distance < NEAR {
             let proposal = gain * (distance * dt / APPROACH - filtered.change());

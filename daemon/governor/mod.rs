@@ -10,10 +10,12 @@
 //! time.
 
 pub mod control;
+pub mod door;
 pub mod readings;
 pub mod sensors;
 
 use crate::reason::Reason;
+use crate::units::{Celsius, Watts};
 
 /// What the governor lets the runs do until its next word.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,4 +31,59 @@ pub struct Ruling {
 impl Ruling {
     /// Nothing is in the way.
     pub const FREE: Ruling = Ruling { hold: None, duty: 1.0, release: false };
+}
+
+/// What the governor sees and decides, for people and the bus.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    /// The board's name, in words.
+    pub board: String,
+    /// Power mode, where the board has one: `MODE_30W`.
+    pub mode: Option<String>,
+    /// Where the control's state machine is.
+    pub level: control::Level,
+    /// Share of the time that may be computed.
+    pub duty: f64,
+    /// Why it is below one, or zero.
+    pub reason: Option<Reason>,
+    /// No thermal zone was ever seen.
+    pub blind: bool,
+    /// The temperature nearest to its set-point, and the set-point.
+    pub temperature: Option<(Celsius, Celsius)>,
+    /// Power of the counted rails.
+    pub power: Option<Watts>,
+    /// Every thermal zone, and its temperature where it could be read.
+    pub zones: Vec<(String, Option<Celsius>)>,
+    /// Every rail, and its power where it could be read.
+    pub rails: Vec<(String, Option<Watts>)>,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
+impl Default for View {
+    fn default() -> View {
+        View {
+            board: String::new(),
+            mode: None,
+            level: control::Level::Boot,
+            duty: 0.0,
+            reason: None,
+            blind: false,
+            temperature: None,
+            power: None,
+            zones: Vec::new(),
+            rails: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+}
+
+impl<T> readings::Reading<T> {
+    /// The value, if there is one.
+    pub fn value(self) -> Option<T> {
+        match self {
+            readings::Reading::Value { value, .. } => Some(value),
+            readings::Reading::Offline | readings::Reading::Lost { .. } => None,
+        }
+    }
 }

@@ -25,6 +25,7 @@ use crate::checkpoint::FileError;
 use crate::clock::Clock;
 use crate::config::daemon::DaemonConfig;
 use crate::governor::Ruling;
+use crate::governor::door::Door;
 use crate::reason::Reason;
 use crate::scheduler::{Active, Candidate, Turn, turn};
 use crate::units::RunId;
@@ -37,7 +38,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
 /// How often figures are written to disk while a run trains.
@@ -54,8 +55,8 @@ pub struct Options {
     pub launcher: Arc<dyn Launcher>,
     /// For records; waiting goes by tokio's time.
     pub clock: Arc<dyn Clock>,
-    /// What the governor says. A governor that is gone holds everything.
-    pub governor: watch::Receiver<Ruling>,
+    /// What the governor says.
+    pub governor: Door,
     /// Counts the owner's turns: who watches it (systemd's watchdog) knows that the daemon is not stuck.
     pub heartbeat: Arc<AtomicU64>,
 }
@@ -113,7 +114,6 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         next_request: 0,
         submitted,
         stopping: None,
-        ungoverned: false,
         handle: handle.clone(),
         events,
         options,
@@ -233,8 +233,6 @@ struct Owner {
     next_request: u64,
     submitted: u64,
     stopping: Option<(Reason, Vec<oneshot::Sender<()>>)>,
-    /// The governor is gone: nothing may compute.
-    ungoverned: bool,
     handle: Runs,
     events: mpsc::Sender<Message>,
     options: Options,
@@ -255,9 +253,7 @@ impl Owner {
                 },
                 message = events.recv() => if let Some(message) = message { self.message(message).await },
                 _ = tick.tick() => self.tick().await,
-                changed = self.options.governor.changed(), if !self.ungoverned => {
-                    self.ungoverned = changed.is_err();
-                }
+                () = self.options.governor.changed() => {}
                 _ = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
             self.schedule().await;
@@ -968,13 +964,15 @@ impl Owner {
         }
     }
 
+    fn ruling(&self) -> Ruling {
+        self.options.governor.ruling(self.options.clock.monotonic())
+    }
+
     /// Why nothing may compute, and whether memory is to be given back at once.
     fn held(&self) -> (Option<Reason>, bool) {
-        let ruling = *self.options.governor.borrow();
+        let ruling = self.ruling();
         let lease = self.holders.values().find(|holder| holder.lease);
-        let reason = if self.ungoverned {
-            Some(Reason::SensorLost)
-        } else if lease.is_some() {
+        let reason = if lease.is_some() {
             Some(Reason::Leased)
         } else if !self.holders.is_empty() {
             Some(Reason::Inhibited)
@@ -999,8 +997,9 @@ impl Owner {
     }
 
     async fn go_on(&mut self) {
+        let duty = self.ruling().duty;
         let Some(active) = &mut self.active else { return };
-        active.session.pace(Pace { run: true, duty: self.options.governor.borrow().duty });
+        active.session.pace(Pace { run: true, duty });
         let id = active.id.clone();
         if active.parked.take().is_some() {
             if let Some(run) = self.runs.get_mut(&id) {
@@ -1221,6 +1220,9 @@ impl Owner {
             None if waiting.is_some() => ("waiting", waiting),
             None => ("idle", None),
         };
+        let running = active.as_ref().and_then(|id| self.runs.get(id));
+        let running = running.is_some_and(|run| run.record.condition.state == State::Running);
+        self.options.governor.tell(running);
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };

@@ -12,6 +12,7 @@
 //!               │ a second signal: end at once; the last checkpoint is intact
 //! ```
 
+mod governing;
 mod log;
 mod messages;
 mod notify;
@@ -26,6 +27,7 @@ use crate::reason::Reason;
 use crate::runs::{self, Change, Runs};
 use crate::worker::launch::{ChildLauncher, Launcher, SocketLauncher};
 use crate::worker::priorities::Priorities;
+use governing::Governing;
 use log::Log;
 use notify::{Notifier, Watchdog, status_text};
 use std::io;
@@ -60,6 +62,8 @@ pub struct ServiceArguments {
     pub state_directory: Option<PathBuf>,
     /// Replaces `storage.cache_directory`.
     pub cache_directory: Option<PathBuf>,
+    /// Where sysfs, procfs and the board's files are looked for; `/` when absent.
+    pub sysfs_root: Option<PathBuf>,
 }
 
 impl ServiceArguments {
@@ -206,8 +210,17 @@ async fn serve(
     let mut signals = Signals::listen()?;
     let _lock = lock(&config)?;
     let heartbeat = Arc::new(AtomicU64::new(0));
-    let runs = start_runs(&config, heartbeat.clone())?;
-    let service = Service::new(runs.clone(), config.authorization.clone(), &config.limits, log.clone());
+    let root = arguments.sysfs_root.clone().unwrap_or_else(|| PathBuf::from("/"));
+    let governing = Governing::start(&config, root, Arc::new(SystemClock::new()))
+        .map_err(|source| ServiceError::Process { action: "start the governor", source })?;
+    let runs = start_runs(&config, &governing, heartbeat.clone())?;
+    let service = Service::new(
+        runs.clone(),
+        governing.view.clone(),
+        config.authorization.clone(),
+        &config.limits,
+        log.clone(),
+    );
     let mut server = match Server::start(&arguments.endpoints(), service).await {
         Ok(server) => server,
         Err(error) => {
@@ -233,7 +246,7 @@ async fn serve(
                 Asked::End => break None,
                 Asked::Reload => {
                     notifier.reloading();
-                    reload(arguments, &mut config, &log, &runs).await;
+                    reload(arguments, &mut config, &log, &runs, &governing).await;
                     notifier.ready();
                 }
             },
@@ -404,7 +417,11 @@ fn lock(config: &DaemonConfig) -> Result<OutputLock, ServiceError> {
     })
 }
 
-fn start_runs(config: &DaemonConfig, heartbeat: Arc<AtomicU64>) -> Result<Runs, ServiceError> {
+fn start_runs(
+    config: &DaemonConfig,
+    governing: &Governing,
+    heartbeat: Arc<AtomicU64>,
+) -> Result<Runs, ServiceError> {
     let launcher: Arc<dyn Launcher> = match &config.worker.launch {
         Launch::Child => {
             let priorities =
@@ -415,8 +432,13 @@ fn start_runs(config: &DaemonConfig, heartbeat: Arc<AtomicU64>) -> Result<Runs, 
         }
         Launch::Socket(path) => Arc::new(SocketLauncher::new(path.clone())),
     };
-    let options =
-        runs::Options { config: config.clone(), launcher, clock: Arc::new(SystemClock::new()), heartbeat };
+    let options = runs::Options {
+        config: config.clone(),
+        launcher,
+        clock: Arc::new(SystemClock::new()),
+        governor: governing.door.clone(),
+        heartbeat,
+    };
     runs::start(options).map_err(|error| ServiceError::Runs {
         directory: config.storage.state_directory.clone(),
         why: error.to_string(),
@@ -424,7 +446,13 @@ fn start_runs(config: &DaemonConfig, heartbeat: Arc<AtomicU64>) -> Result<Runs, 
 }
 
 /// Reads the configuration again. What cannot change while the daemon runs is told; with a mistake nothing changes.
-async fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &Log, runs: &Runs) {
+async fn reload(
+    arguments: &ServiceArguments,
+    config: &mut DaemonConfig,
+    log: &Log,
+    runs: &Runs,
+    governing: &Governing,
+) {
     let new = match arguments.load() {
         Ok(new) => new,
         Err(error) => return refuse(&error),
@@ -440,6 +468,10 @@ async fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &L
             tracing::warn!("{key} has changed, and takes effect with the next start of the daemon");
         }
     }
+    governing.configure(&new);
+    config.budget = new.budget.clone();
+    config.window = new.window.clone();
+    config.conditions = new.conditions.clone();
     match runs.configure(new.clone()).await {
         Ok(()) => {
             config.limits = new.limits;
@@ -455,7 +487,8 @@ async fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &L
 /// out-of-memory score are the launcher's.
 fn takes_effect_at_once(key: &str) -> bool {
     let kept = ["limits.waits_per_sender", "worker.launch", "worker.nice", "worker.oom_score_adjust"];
-    let live = key.starts_with("limits.") || key.starts_with("worker.") || key == "storage.model_directories";
+    let live = ["limits.", "worker.", "budget.", "window.", "conditions."];
+    let live = live.iter().any(|section| key.starts_with(section)) || key == "storage.model_directories";
     live && !kept.contains(&key)
 }
 

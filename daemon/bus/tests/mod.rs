@@ -82,7 +82,8 @@ impl Bench {
         std::fs::write(group_file.path(), format!("finetuned:x:{MEMBERS}:\n")).unwrap();
         let config = AuthorizationConfig { method, group: "finetuned".into() };
         let log = Arc::new(Log(Mutex::new((Level::INFO, LogTarget::Console))));
-        let mut service = Service::new(runs, config, &limits, log);
+        let mut service =
+            Service::new(runs, tokio::sync::watch::channel(Default::default()).1, config, &limits, log);
         service.pace = Pace {
             figures: Duration::from_millis(200),
             send: Duration::from_millis(500),
@@ -99,6 +100,7 @@ impl Bench {
             Authority::posing(self.service.authorization.clone(), OWN, who.clone(), self.group_file.path());
         let context = Context {
             runs: self.service.runs.clone(),
+            governor: self.service.governor.clone(),
             authority: Arc::new(authority),
             waits: self.service.waits.clone(),
         };

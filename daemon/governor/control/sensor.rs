@@ -264,7 +264,11 @@ mod tests {
     #[test]
     fn a_value_that_never_moves_is_lost() {
         let still = [Some(60.0); 130];
-        assert_eq!(feed(&mut Sensor::new(), 0.0, &still, 1.0)[129], Verdict::Live(Celsius(60.0)), "a coarse one");
+        assert_eq!(
+            feed(&mut Sensor::new(), 0.0, &still, 1.0)[129],
+            Verdict::Live(Celsius(60.0)),
+            "a coarse one"
+        );
         let mut sensor = Sensor::new();
         feed(&mut sensor, 0.0, &still[..10], 0.2);
         assert_eq!(feed(&mut sensor, 5.0, &still, 0.6)[129], Verdict::Lost(Trouble::Stuck), "the duty moved");
@@ -282,7 +286,8 @@ mod tests {
     #[test]
     fn a_gated_block_is_offline_while_nothing_computes() {
         let mut sensor = Sensor::new();
-        let verdict = |sensor: &mut Sensor, duty, t| sensor.step(&Reading::Offline, duty, Duration::from_secs(t));
+        let verdict =
+            |sensor: &mut Sensor, duty, t| sensor.step(&Reading::Offline, duty, Duration::from_secs(t));
         assert_eq!(verdict(&mut sensor, 0.0, 0), Verdict::Offline);
         assert_eq!(verdict(&mut sensor, 0.0, 100), Verdict::Offline);
         assert_eq!(verdict(&mut sensor, 0.5, 101), Verdict::Lost(Trouble::Silent));

@@ -127,13 +127,8 @@ pub const BOARDS: &[BoardTable] = &[
     GENERIC,
 ];
 
-const GENERIC: BoardTable = BoardTable {
-    name: "generic",
-    title: "Linux machine",
-    modules: &[],
-    zones: GENERIC_ZONES,
-    rails: &[],
-};
+const GENERIC: BoardTable =
+    BoardTable { name: "generic", title: "Linux machine", modules: &[], zones: GENERIC_ZONES, rails: &[] };
 
 static ANY: BoardTable = GENERIC;
 

@@ -277,10 +277,8 @@ impl Sensors {
             "power mode",
             self.mode.read(files).map_or_else(|| missing("no state of nvpmodel"), Probe::Yes),
         ));
-        lines.push((
-            "fan",
-            if self.fan.found() { Probe::Yes("pwmfan".into()) } else { missing("no pwmfan") },
-        ));
+        lines
+            .push(("fan", if self.fan.found() { Probe::Yes("pwmfan".into()) } else { missing("no pwmfan") }));
         let supplies: Vec<&str> = self.supplies.iter().map(|supply| supply.name.as_str()).collect();
         lines.push((
             "power supply",

@@ -169,7 +169,8 @@ impl Scan for Rails {
         found.extend(missing.cloned().map(|name| (name, Source::Absent)).collect::<Vec<_>>());
         for known in &mut self.known {
             // A counter that stayed keeps what it counted.
-            let gone = !found.iter().any(|(name, source)| *name == known.name && source.is_place_of(&known.source));
+            let gone =
+                !found.iter().any(|(name, source)| *name == known.name && source.is_place_of(&known.source));
             if gone {
                 known.source = Source::Absent;
             }
@@ -248,7 +249,11 @@ impl Source {
                 } as f64
                     / 1e6;
                 let watts = joules / time.as_secs_f64();
-                if watts <= MOST { Ok(Some(Watts(watts))) } else { Err(Fault::Nonsense(format!("{watts:.0} W"))) }
+                if watts <= MOST {
+                    Ok(Some(Watts(watts)))
+                } else {
+                    Err(Fault::Nonsense(format!("{watts:.0} W")))
+                }
             }
             Source::Battery { directory } => {
                 if files.name(&format!("{directory}/status"))? != "Discharging" {

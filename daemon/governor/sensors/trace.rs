@@ -273,7 +273,8 @@ fn round(columns: &[Column], record: &csv::StringRecord, line: u64) -> Result<Re
     let mut alarms = [None; 3];
     for (column, text) in columns.iter().zip(record) {
         let wrong = || TraceError::Cell { line, column: column.name().to_string(), cell: text.to_string() };
-        let share = || optional(text, |text| number(text).filter(|n| (0.0..=1.0).contains(n))).ok_or_else(wrong);
+        let share =
+            || optional(text, |text| number(text).filter(|n| (0.0..=1.0).contains(n))).ok_or_else(wrong);
         let positive = || optional(text, |text| number(text).filter(|n| *n >= 0.0)).ok_or_else(wrong);
         let whole = || optional(text, |text| text.parse::<u64>().ok()).ok_or_else(wrong);
         let flag = || {
