@@ -182,9 +182,7 @@ mod tests {
 
     #[test]
     fn alarms_lower_the_ceiling_and_time_lifts_it() {
-        let alarm = |average, instantaneous| {
-            Some(OverCurrent { under_voltage: 0.0, average, instantaneous })
-        };
+        let alarm = |average, instantaneous| Some(OverCurrent { under_voltage: 0.0, average, instantaneous });
         let mut watch = AlarmWatch::default();
         let mut at = 0;
         let mut run = |rates, seconds: u64| {
