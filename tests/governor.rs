@@ -170,3 +170,273 @@ fn a_thousand_machines_stay_at_their_set_points() {
     );
     assert!(swings.0 <= 6.0, "{swings:?}");
 }
+/// Lets a machine work for ten minutes, then its sensor lie for so long, then tell the truth again.
+fn with_fault(seed: u64, fault: Fault, lasts: f64) -> (Outcome, Outcome, Decision, Decision) {
+    let mut machine = Loop::draw(seed);
+    // Hot machines, so that the lie matters.
+    machine.plant.ambient = 40.0;
+    machine.plant.sink = 40.0 + machine.plant.idle * machine.plant.sink_resistance;
+    machine.run(600.0, |_, _, _| {});
+    let before = machine.decision.clone();
+    let during = machine.run(lasts, |_, thermometer, _| thermometer.fault = Some(fault));
+    let at_end = machine.decision.clone();
+    let after = machine.run(1800.0, |_, thermometer, _| thermometer.fault = None);
+    assert!(before.duty > 0.0, "seed {seed} does not compute before the fault: {before:?}");
+    (during, after, at_end, machine.decision)
+}
+
+#[test]
+fn a_sensor_that_lies_ends_in_a_pause() {
+    let faults = [
+        Fault::Missing,
+        Fault::Offline,
+        Fault::Stale,
+        Fault::Vanished,
+        Fault::Says(f64::NAN),
+        Fault::Says(f64::INFINITY),
+        Fault::Says(-256.0),
+        Fault::Says(1e9),
+        Fault::Jump(50.0),
+        Fault::Jump(-50.0),
+        Fault::Stuck,
+    ];
+    for fault in faults {
+        // What the value itself does not show takes a minute, or with a coarse sensor six.
+        let lasts = if fault == Fault::Stuck { 420.0 } else { 60.0 };
+        let results = all(0..60, |seed| with_fault(seed, fault, lasts).0);
+        let hottest = results.iter().map(|(_, o)| o.hottest).fold(0.0, f64::max);
+        println!("{fault:?}: hottest {hottest:.1} °C");
+        for seed in 0..60 {
+            let (during, after, at_end, recovered) = with_fault(seed, fault, lasts);
+            assert_eq!(at_end.duty, 0.0, "{fault:?}, seed {seed}: {at_end:?}");
+            assert!(
+                matches!(at_end.reason, Some(Reason::SensorLost | Reason::Thermal)),
+                "{fault:?}, seed {seed}: {at_end:?}"
+            );
+            assert!(during.hottest < TRIP, "{fault:?}, seed {seed}: {during:?}");
+            assert!(recovered.duty > 0.0, "{fault:?}, seed {seed}, half an hour later: {recovered:?}");
+            assert!(after.hottest < TRIP && after.overshoot <= 1.5, "{fault:?}, seed {seed}: {after:?}");
+            if fault != Fault::Stuck {
+                // Three seconds of doubt, two for a period in progress.
+                let share = during.duty * lasts;
+                assert!(share <= 5.0, "{fault:?}, seed {seed}: computed {share:.1} s");
+            }
+        }
+    }
+}
+
+#[test]
+fn short_lies_are_survived() {
+    let lie = |thermometer: &mut Thermometer, random: &mut Random| {
+        if random.uniform(0.0, 1.0) < 0.5 / 900.0 {
+            let faults =
+                [Fault::Missing, Fault::Stale, Fault::Says(f64::NAN), Fault::Jump(-50.0), Fault::Jump(50.0)];
+            thermometer.fault = Some(faults[(random.next() % 5) as usize]);
+        } else if random.uniform(0.0, 1.0) < 0.2 {
+            thermometer.fault = None;
+        }
+    };
+    let outcomes = all(0..300, |seed| {
+        let mut around = surroundings();
+        Loop::draw(seed).run(3600.0, move |plant, thermometer, random| {
+            around(plant, thermometer, random);
+            lie(thermometer, random);
+        })
+    });
+    let most = |of: fn(&Outcome) -> f64| outcomes.iter().map(|(_, o)| of(o)).fold(0.0, f64::max);
+    let mean = outcomes.iter().map(|(_, o)| o.duty / o.oracle).sum::<f64>() / outcomes.len() as f64;
+    println!(
+        "four lies an hour: overshoot {:.2} °C, hottest {:.2} °C, swings {}, throughput {mean:.3} of the oracle",
+        most(|o| o.overshoot),
+        most(|o| o.hottest),
+        most(|o| o.swings)
+    );
+    assert!(most(|o| o.overshoot) <= 1.5);
+    assert!(most(|o| o.hottest) < TRIP);
+    assert!(most(|o| o.swings) <= 6.0);
+}
+
+#[test]
+fn a_machine_that_heats_at_rest_stays_off_until_it_has_been_cool_for_minutes() {
+    let mut machine = Loop::draw(3);
+    machine.run(600.0, |_, _, _| {});
+    // Somebody else's load, beyond what the machine can cool.
+    let plant = &machine.plant;
+    let other = (110.0 - plant.ambient) / (plant.sink_resistance + plant.die_resistance) - plant.idle;
+    let mut stopped = None;
+    for second in 0..1800 {
+        machine.run(1.0, |plant, _, _| plant.other = other);
+        if machine.decision.duty == 0.0 && stopped.is_none() {
+            stopped = Some(second);
+        }
+    }
+    assert!(stopped.is_some());
+    assert_eq!(machine.decision.level, Level::Critical);
+    assert!(machine.decision.release && machine.decision.reason == Some(Reason::Thermal));
+    let mut cool = 0;
+    while machine.decision.duty == 0.0 {
+        machine.run(1.0, |plant, _, _| plant.other = 0.0);
+        cool += usize::from(machine.plant.temperature() < 75.0);
+        assert!(cool < 1000);
+    }
+    assert!(cool >= 299, "{cool} s below the temperature at which computing goes on");
+}
+
+#[test]
+fn a_machine_without_sensors_trains_and_says_that_it_is_blind() {
+    let mut state = State::default();
+    let mut decision = Decision::default();
+    for i in 0..120 {
+        let now = Duration::from_millis(500 * i);
+        (state, decision) =
+            step(&state, &Readings { at: now, ..Readings::default() }, &Budget::default(), now);
+    }
+    assert_eq!((decision.duty, decision.level, decision.reason), (1.0, Level::Nominal, None));
+    assert!(decision.blind && decision.notes.len() == 1, "{decision:?}");
+}
+
+#[test]
+fn trips_of_the_machine_lower_the_limits() {
+    let zone = |passive: f64, temperature: f64, at| Zone {
+        name: "x86_pkg_temp".into(),
+        role: ZoneRole::Junction,
+        temperature: Reading::Value { value: Celsius(temperature), at },
+        passive_trip: Some(Celsius(passive)),
+        critical_trip: None,
+        required: false,
+    };
+    let decide = |passive, temperature: f64| {
+        let mut state = State::default();
+        let mut decision = Decision::default();
+        for i in 0..80 {
+            let now = Duration::from_millis(500 * i);
+            let zones = vec![zone(passive, temperature + 0.1 * (i % 3) as f64, now)];
+            let readings = Readings { at: now, zones, ..Readings::default() };
+            (state, decision) = step(&state, &readings, &Budget::default(), now);
+        }
+        decision
+    };
+    assert!(decide(99.0, 79.0).duty > 0.9);
+    assert_eq!(decide(80.0, 79.0).duty, 0.0, "the stop lies two degrees below the trip");
+    assert_eq!(decide(80.0, 70.0).temperature.unwrap().1, Celsius(75.0));
+}
+
+fn any_number() -> impl Strategy<Value = f64> {
+    prop_oneof![
+        5 => -50.0..160.0f64,
+        1 => proptest::num::f64::ANY,
+        1 => Just(f64::NAN),
+        1 => Just(f64::INFINITY),
+    ]
+}
+
+fn any_reading() -> impl Strategy<Value = Reading<f64>> {
+    let time = (0u64..200_000).prop_map(Duration::from_millis);
+    prop_oneof![
+        4 => (any_number(), time.clone()).prop_map(|(value, at)| Reading::Value { value, at }),
+        1 => Just(Reading::Offline),
+        1 => time.prop_map(|since| Reading::Lost { since }),
+    ]
+}
+
+fn typed<T>(reading: Reading<f64>, unit: fn(f64) -> T) -> Reading<T> {
+    match reading {
+        Reading::Value { value, at } => Reading::Value { value: unit(value), at },
+        Reading::Offline => Reading::Offline,
+        Reading::Lost { since } => Reading::Lost { since },
+    }
+}
+
+prop_compose! {
+    fn any_zone()(
+        name in "[a-c]", role in 0..3usize, temperature in any_reading(),
+        trips in proptest::collection::vec(proptest::option::of(any_number()), 2), required: bool,
+    ) -> Zone {
+        Zone {
+            name,
+            role: [ZoneRole::Junction, ZoneRole::Die, ZoneRole::Board][role],
+            temperature: typed(temperature, Celsius),
+            passive_trip: trips[0].map(Celsius),
+            critical_trip: trips[1].map(Celsius),
+            required,
+        }
+    }
+}
+
+prop_compose! {
+    fn any_readings()(
+        at in 0u64..200_000, zones in proptest::collection::vec(any_zone(), 0..4),
+        power in proptest::option::of(any_reading()), numbers in proptest::collection::vec(any_number(), 6),
+        available in proptest::option::of(any::<u64>()), throttled: bool,
+    ) -> Readings {
+        Readings {
+            at: Duration::from_millis(at),
+            zones,
+            power: power.map(|power| typed(power, Watts)),
+            over_current: Some(OverCurrent {
+                under_voltage: numbers[0], average: numbers[1], instantaneous: numbers[2],
+            }),
+            fan: Some(numbers[3]),
+            memory_pressure: Some(numbers[4]),
+            load: Some(numbers[5]),
+            available_memory: available.map(Bytes),
+            throttled,
+            ..Readings::default()
+        }
+    }
+}
+
+prop_compose! {
+    fn any_budget()(
+        numbers in proptest::collection::vec(any_number(), 6), power: bool, floor: u64,
+    ) -> Budget {
+        Budget {
+            temperature: Celsius(numbers[0]),
+            temperature_stop: Celsius(numbers[1]),
+            temperature_resume: Celsius(numbers[2]),
+            power: power.then_some(Watts(numbers[3])),
+            duty_floor: numbers[4],
+            fan: Some(numbers[5]),
+            memory_floor: Bytes(floor),
+            ..Budget::default()
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn nothing_that_is_read_panics_or_leaves_the_range(
+        rounds in proptest::collection::vec((any_readings(), 0u64..200_000), 1..40), budget in any_budget(),
+    ) {
+        let mut state = State::default();
+        for (readings, now) in rounds {
+            let decision;
+            (state, decision) = step(&state, &readings, &budget, Duration::from_millis(now));
+            prop_assert!((0.0..=1.0).contains(&decision.duty), "{decision:?}");
+            prop_assert!(decision.duty > 0.0 || decision.reason.is_some(), "{decision:?}");
+            prop_assert!(!decision.release || decision.duty == 0.0);
+            prop_assert_eq!(decision.duty == 0.0, decision.level >= Level::Hard);
+            let hot = readings.zones.iter().any(|zone| match zone.temperature {
+                Reading::Value { value, at } => {
+                    zone.role == ZoneRole::Junction
+                        && at <= Duration::from_millis(now)
+                        && at + Duration::from_secs(2) > Duration::from_millis(now)
+                        && (95.0..150.0).contains(&value.0)
+                }
+                _ => false,
+            });
+            prop_assert!(!hot || decision.duty == 0.0 , "hot, and computing: {decision:?}");
+            let nonsense = readings.zones.iter().all(|zone| match zone.temperature {
+                Reading::Value { value, .. } => value.0.is_nan(),
+                _ => true,
+            });
+            let chip = readings.zones.iter().any(|zone| zone.role == ZoneRole::Junction);
+            // At most three seconds on what was read before.
+            if nonsense && chip {
+                let later = Duration::from_millis(now) + Duration::from_secs(4);
+                let (_, decision) = step(&state, &readings, &budget, later);
+                prop_assert_eq!(decision.duty, 0.0);
+            }
+        }
+    }
+}

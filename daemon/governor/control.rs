@@ -17,10 +17,11 @@
 //! ```
 //!
 //! **Soft.** Every limit (a zone's temperature, power, the fan in quiet hours) is a proportional-integral loop in its
-//! incremental form: it proposes a change of the duty from the change of what it holds and from the distance to the
-//! set-point. The smallest proposal wins, and the duty is clamped. Nothing can wind up, as no loop has an integral of its
-//! own, and taking over between limits is smooth. Far below the set-point a loop lets the temperature approach it as
-//! `distance / APPROACH`, so that the duty goes back before the set-point is reached, not behind it.
+//! incremental form: it changes its own share from the change of what it holds and from the distance to the set-point.
+//! The smallest share is decided, and no loop's share may lie more than [`HEADROOM`] above it: nothing winds up, and a loop
+//! takes over within moments; the headroom keeps the noise of the others out of the one that decides. Far below the
+//! set-point a loop lets the temperature approach it as `distance / APPROACH`, so that the duty goes back before the
+//! set-point is reached, not behind it.
 //!
 //! **Gain.** Chips answer to load by 5 to 50 °C within seconds, on sinks that follow within half a minute or ten. Boot
 //! begins with a step of the duty and measures what it does in [`ANSWER_AFTER`]; the gain follows from that.
@@ -58,7 +59,7 @@ const HOT_AT_REST: Duration = Duration::from_secs(10);
 /// Time constant of the filter before a temperature loop: about one period of the duty.
 const FILTER: f64 = 0.75;
 /// Distance to the set-point that is kept beside the ripple of the duty, °C.
-const MARGIN: f64 = 0.4;
+const MARGIN: f64 = 0.6;
 /// Loops that are farther from their set-point than this do not speak, °C.
 const NEAR: f64 = 25.0;
 /// Time constant with which a set-point is approached, s.
@@ -75,8 +76,14 @@ const RAMP: f64 = 0.1;
 /// Fastest changes of the duty, 1/s.
 const SLEW_UP: f64 = 0.1;
 const SLEW_DOWN: f64 = 0.5;
+/// How far a loop's share may lie above what is decided.
+const HEADROOM: f64 = 0.15;
+/// Time constant of the mean duty that a zone's movement is compared with, s.
+const MEAN: f64 = 10.0;
 /// Rise of the duty that a zone which does not move leaves, 1/s.
 const STIFF_UP: f64 = 0.001;
+/// Share of the duty that is left while a zone that stands still is probed.
+const PROBE: f64 = 0.25;
 /// A level stays for so long.
 const DWELL: Duration = Duration::from_secs(5);
 /// At the smallest duty for so long with a limit still exceeded: rest instead.
@@ -100,6 +107,8 @@ const POWER_RESUME: f64 = 0.9;
 /// A meter that is silent for so long is lost; power beyond this is nonsense, W.
 const METER_SILENT: Duration = Duration::from_secs(3);
 const POWER_PLAUSIBLE: std::ops::Range<f64> = 0.0..100_000.0;
+/// What the loops hold.
+const LOOPS: [Reason; 3] = [Reason::Thermal, Reason::PowerBudget, Reason::QuietHours];
 /// The fan's loop, per unit of fan duty: it follows temperature slowly, so this is slow too.
 const FAN_GAIN: f64 = 0.3;
 const FAN_RATE: f64 = 0.03;
@@ -186,10 +195,15 @@ pub struct State {
     level: Level,
     /// When `level` began.
     since: Duration,
-    /// Duty that was decided.
+    /// Duty that was decided, and its mean over some seconds.
     duty: f64,
+    mean: f64,
+    /// Shares of the loops: temperature, power, fan.
+    shares: [f64; 3],
     zones: Vec<ZoneState>,
     boot: Option<BootState>,
+    /// Duty before a probe.
+    probed: Option<f64>,
     /// Gain of the temperature loops, 1/°C.
     gain: Option<f64>,
     hold: Option<Hold>,
@@ -290,6 +304,8 @@ struct Heat {
     proposal: Option<f64>,
     /// A zone near its set-point does not move.
     stiff: bool,
+    /// A zone has not moved for minutes: it must show that it follows the duty.
+    probe: bool,
     notes: Vec<Note>,
     blind: bool,
 }
@@ -416,7 +432,8 @@ impl State {
             state.limits = Limits::of(zone, budget);
         }
         let gain = self.gain.unwrap_or(CAUTIOUS);
-        let duty = self.duty;
+        self.mean += (self.duty - self.mean) * (1.0 - (-dt / MEAN).exp());
+        let duty = if self.duty == 0.0 { 0.0 } else { self.mean };
         let junction = self.zones.iter().any(|zone| zone.role == ZoneRole::Junction);
         heat.blind = !self.zones.iter().any(|zone| zone.role != ZoneRole::Board);
         for (zone, seen) in self.zones.iter_mut().zip(&seen) {
@@ -446,6 +463,7 @@ impl State {
             };
             let Some(limits) = zone.limits else { continue };
             heat.feel(zone, temperature, limits, gain, dt);
+            heat.probe |= needed && zone.sensor.wants_probe(now);
             heat.stiff |= limits.set - temperature < NEAR && zone.sensor.stiff(now);
         }
         if heat.blind {
@@ -510,6 +528,7 @@ impl State {
             };
         self.duty = 0.0;
         self.boot = None;
+        self.probed = None;
         self.floored = None;
         self.limit = None;
         self.hold =
@@ -550,37 +569,35 @@ impl State {
     /// Moves the duty.
     fn go(&mut self, heat: &Heat, readings: &Readings, budget: &Budget, dt: f64, now: Duration) {
         let floor = budget.duty_floor;
-        // The limits' proposals; the smallest wins.
-        let mut change = SLEW_UP * dt;
-        let mut limit = None;
-        let mut propose = |proposal: f64, reason: Reason| {
-            if proposal < change {
-                change = proposal;
-                limit = Some(reason);
-            }
-        };
+        // The loops' proposals: changes of their shares.
+        let mut proposals = [SLEW_UP * dt; 3];
         if let Some(proposal) = heat.proposal {
-            propose(proposal, Reason::Thermal);
-        }
-        if heat.stiff {
-            propose(STIFF_UP * dt, Reason::Thermal);
+            proposals[0] = proposal;
         }
         if let (Some(limit), Some(power)) = (budget.power, self.power) {
             let relative = (limit.0 - power.now) / limit.0;
-            let proposal = POWER_RATE * relative * dt - POWER_GAIN * power.change() / limit.0;
-            if relative < 0.5 {
-                propose(proposal, Reason::PowerBudget);
-            }
+            proposals[1] = POWER_RATE * relative * dt - POWER_GAIN * power.change() / limit.0;
         }
         let fan = readings.fan.filter(|fan| (0.0..=1.0).contains(fan));
         if let (Some(ceiling), Some(fan)) = (budget.fan, fan) {
             let change = fan - self.fan.unwrap_or(fan);
-            let distance = ceiling - FAN_MARGIN - fan;
-            if distance < 0.2 {
-                propose(FAN_RATE * distance * dt - FAN_GAIN * change, Reason::QuietHours);
-            }
+            proposals[2] = FAN_RATE * (ceiling - FAN_MARGIN - fan) * dt - FAN_GAIN * change;
         }
         self.fan = fan;
+        let mut wanted = self.duty + SLEW_UP * dt;
+        let mut limit = None;
+        for (i, reason) in LOOPS.into_iter().enumerate() {
+            self.shares[i] = (self.shares[i] + proposals[i]).min(self.duty + HEADROOM);
+            if self.shares[i] < wanted {
+                wanted = self.shares[i];
+                limit = Some(reason);
+            }
+        }
+        if heat.stiff && wanted > self.duty + STIFF_UP * dt {
+            wanted = self.duty + STIFF_UP * dt;
+            limit = Some(Reason::Thermal);
+        }
+        let mut change = wanted - self.duty;
 
         // Boot: a step, its answer, a ramp.
         let nearest = heat.nearest.map(|(temperature, _)| temperature);
@@ -590,6 +607,7 @@ impl State {
             let elapsed = now.saturating_sub(boot.since).as_secs_f64();
             if elapsed < ANSWER_AFTER && heat.over_stop.is_none_or(|over| over < -BELOW_STOP) {
                 target = FIRST;
+                self.shares = [FIRST; 3];
                 change = 0.0;
                 limit = None;
             } else if !boot.measured {
@@ -604,6 +622,15 @@ impl State {
         target += change.max(-SLEW_DOWN * dt);
 
         // Ceilings.
+        if heat.probe {
+            // Back at once when the zone moves: the shares stay where they are.
+            let before = *self.probed.get_or_insert(self.duty.max(target));
+            target = before * PROBE;
+            self.shares = [before; 3];
+            limit = Some(Reason::SensorLost);
+        } else if let Some(before) = self.probed.take() {
+            target = before;
+        }
         let mut ceiling = 1.0f64;
         for (value, reason) in [
             (if self.memory.level == Memory::Tight { 0.5 } else { 1.0 }, Reason::MemoryPressure),
@@ -616,6 +643,8 @@ impl State {
         }
         let wanted = target.min(ceiling);
         self.duty = wanted.clamp(floor.min(ceiling), 1.0);
+        // Below the smallest duty a share is as wrong as above the largest.
+        self.shares = self.shares.map(|share| share.max(self.duty.min(floor)));
         if let Some(limit) = limit {
             self.limit = Some(limit);
         }
@@ -665,7 +694,8 @@ impl Heat {
         zone.filtered = Some(filtered);
         zone.ripple +=
             ((temperature - filtered.now).max(0.0).min(5.0) * 2.0 - zone.ripple) * (dt / 8.0).min(1.0);
-        let distance = limits.set - MARGIN - zone.ripple.min(2.5) - filtered.now;
+        let margin = MARGIN + zone.ripple.min(2.5) + zone.sensor.grain() / 2.0;
+        let distance = limits.set - margin - filtered.now;
         if distance < NEAR {
             let proposal = gain * (distance * dt / APPROACH - filtered.change());
             self.proposal = Some(self.proposal.map_or(proposal, |other| other.min(proposal)));

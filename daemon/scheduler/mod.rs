@@ -1,5 +1,7 @@
-//! What decides which run has the device. Pure: the owner of the runs asks after every event, and acts.
+//! What decides which run has the device, and when. Pure: the owner of the runs asks after every event, and acts.
 
+pub mod conditions;
 mod queue;
+pub mod window;
 
 pub use queue::{Active, Candidate, Turn, turn};

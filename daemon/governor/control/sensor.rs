@@ -24,9 +24,13 @@ const SLEW: f64 = 3.0;
 const PLAUSIBLE: std::ops::RangeInclusive<f64> = -40.0..=150.0;
 /// A fall between two readings that no chip can do, °C.
 const FALL: f64 = 35.0;
+/// A chip that nobody saw may have cooled by this, °C per second.
+const UNSEEN: f64 = 1.0;
 /// A smaller fall is believed after so many readings.
 const FALL_SMALL: f64 = 10.0;
 const FALL_READINGS: u32 = 2;
+/// A fall takes back a leap that was as large, to within this, °C.
+const LEAP_ALIKE: f64 = 12.0;
 /// A suspect zone is believed again after a rise like the fall, or near the value that was last believed, °C.
 const RETURN_RISE: f64 = 25.0;
 const RETURN_NEAR: f64 = 20.0;
@@ -35,6 +39,11 @@ const RETURN_NEAR: f64 = 20.0;
 const FROZEN: Duration = Duration::from_secs(60);
 const FROZEN_DUTY: f64 = 0.15;
 const LIVELY: f64 = 0.3;
+/// A sensor with steps of this size may well stand still: it counts as frozen only against a larger change of the duty,
+/// and when it has stood still for [`PROBE`], that change is made on purpose. °C.
+const COARSE: f64 = 0.2;
+const FROZEN_DUTY_COARSE: f64 = 0.2;
+const PROBE: Duration = Duration::from_secs(300);
 /// A value that has not moved for so long is no ground for more duty.
 const STIFF: Duration = Duration::from_secs(10);
 
@@ -49,6 +58,8 @@ pub struct Sensor {
     below: u32,
     /// Fell too far at once.
     suspect: bool,
+    /// Last rise that was as large as no chip's, °C: a fall of the same size takes it back.
+    leap: f64,
     /// Raw value of the reading before, and since when it has been exactly that.
     raw: Option<(f64, Duration)>,
     /// Smallest and largest duty since then.
@@ -58,6 +69,8 @@ pub struct Sensor {
     /// Share of the readings that differed from the one before, over about a minute; as it was before the value stood
     /// still.
     lively: f64,
+    /// Smallest step between two readings, °C: what the sensor can tell apart.
+    grain: f64,
     /// Since when it is switched off.
     offline: Option<Duration>,
 }
@@ -94,15 +107,17 @@ impl Sensor {
             heard: None,
             below: 0,
             suspect: false,
+            leap: 0.0,
             raw: None,
             duties: (1.0, 0.0),
             still: 0,
             lively: 0.0,
+            grain: 0.0,
             offline: None,
         }
     }
 
-    /// Takes in one round. `duty` is what was decided in the round before.
+    /// Takes in one round. `duty` is what was decided before, as a mean over some seconds; 0 only when nothing computes.
     pub fn step(&mut self, reading: &Reading<Celsius>, duty: f64, now: Duration) -> Verdict {
         let heard = match *reading {
             Reading::Value { value, at }
@@ -141,9 +156,19 @@ impl Sensor {
         }
     }
 
+    /// Smallest step between two readings, °C; at most one.
+    pub fn grain(&self) -> f64 {
+        self.grain.min(1.0)
+    }
+
     /// Whether the value has not moved for a while: then it is no ground for more duty.
     pub fn stiff(&self, now: Duration) -> bool {
         self.raw.is_some_and(|(_, since)| now.saturating_sub(since) >= STIFF)
+    }
+
+    /// Whether a lower duty for some seconds should show that the zone still follows.
+    pub fn wants_probe(&self, now: Duration) -> bool {
+        self.raw.is_some_and(|(_, since)| now.saturating_sub(since) >= PROBE)
     }
 
     fn silent(&self, now: Duration) -> Verdict {
@@ -158,6 +183,9 @@ impl Sensor {
     }
 
     fn hear(&mut self, value: f64, at: Duration, duty: f64) {
+        let gap = at.saturating_sub(self.heard.unwrap_or(at)).as_secs_f64();
+        // After a silence, or when the value stood still against all reason, the chip may have cooled unseen.
+        let fall = if self.frozen(at) { f64::INFINITY } else { FALL + UNSEEN * gap };
         self.heard = Some(at);
         let before = self.raw;
         match before {
@@ -166,6 +194,10 @@ impl Sensor {
                 self.still = self.still.saturating_add(1);
             }
             _ => {
+                if let Some((raw, _)) = before {
+                    let step = (value - raw).abs();
+                    self.grain = if self.grain == 0.0 { step } else { self.grain.min(step) };
+                }
                 self.raw = Some((value, at));
                 self.duties = (duty, duty);
                 self.lively = 0.99f64.powi(self.still + 1) * self.lively + 0.01;
@@ -182,14 +214,20 @@ impl Sensor {
                 return;
             }
             self.suspect = false;
-        } else if value < believed - FALL && -rise > FALL {
-            self.suspect = true;
-            return;
+        } else if value < believed - fall && -rise > fall {
+            if (-rise - self.leap).abs() > LEAP_ALIKE {
+                self.suspect = true;
+                return;
+            }
+            self.leap = 0.0;
         } else if value < believed - FALL_SMALL {
             self.below += 1;
             if self.below < FALL_READINGS {
                 return;
             }
+        }
+        if rise > FALL {
+            self.leap = rise;
         }
         self.below = 0;
         self.believed = Some((value, at));
@@ -198,7 +236,10 @@ impl Sensor {
     fn frozen(&self, now: Duration) -> bool {
         let Some((_, since)) = self.raw else { return false };
         let (least, most) = self.duties;
-        now.saturating_sub(since) >= FROZEN && (most - least >= FROZEN_DUTY || self.lively > LIVELY)
+        // A sensor that never moved has shown no steps, and may have fine ones.
+        let coarse = self.grain >= COARSE;
+        let enough = if coarse { FROZEN_DUTY_COARSE } else { FROZEN_DUTY };
+        now.saturating_sub(since) >= FROZEN && (most - least >= enough || (!coarse && self.lively > LIVELY))
     }
 }
 
@@ -251,6 +292,8 @@ mod tests {
         let mut sensor = Sensor::new();
         let verdicts = feed(&mut sensor, 0.0, &[Some(80.0), Some(130.0)], 1.0);
         assert_eq!(verdicts[1], Verdict::Live(Celsius(130.0)));
+        let verdicts = feed(&mut sensor, 1.0, &[Some(129.0), Some(76.0)], 0.0);
+        assert_eq!(verdicts[1], Verdict::Live(Celsius(76.0)), "the leap is taken back");
         let mut sensor = Sensor::new();
         let verdicts = feed(&mut sensor, 0.0, &[Some(80.0), Some(65.0), Some(64.0)], 1.0);
         assert_eq!(verdicts[1..], [Verdict::Live(Celsius(80.0)), Verdict::Live(Celsius(64.0))]);
