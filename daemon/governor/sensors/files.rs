@@ -91,11 +91,7 @@ impl Below {
     fn open(&self, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         if self.root != Path::new("/") {
-            let root = open(
-                &self.root,
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
+            let root = open(&self.root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
             match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
                 // A kernel before 5.6, or a filter of system calls.
                 Err(Errno::NOSYS | Errno::PERM) => {}

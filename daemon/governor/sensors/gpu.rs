@@ -14,8 +14,7 @@ const NAMES: &[&str] = &["ga10b", "gv11b", "gp10b", "gb10b"];
 const LOADS: &[&str] = &["sys/devices/platform/gpu.0/load", "sys/devices/gpu.0/load"];
 
 /// The cap of the memory's clock in hertz: JetPack 6 and later, JetPack 5.
-const MEMORY_CAPS: &[&str] =
-    &["sys/kernel/nvpmodel_clk_cap/emc", "sys/kernel/nvpmodel_emc_cap/emc_iso_cap"];
+const MEMORY_CAPS: &[&str] = &["sys/kernel/nvpmodel_clk_cap/emc", "sys/kernel/nvpmodel_emc_cap/emc_iso_cap"];
 
 /// Clocks that can be meant, in hertz.
 const CLOCKS: std::ops::RangeInclusive<i64> = 0..=10_000_000_000;

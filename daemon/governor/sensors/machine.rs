@@ -271,7 +271,8 @@ impl Mode {
 fn power_models(text: &str) -> Vec<(u32, String)> {
     let mut models = Vec::new();
     for line in text.lines() {
-        let Some(fields) = line.trim().strip_prefix('<').and_then(|rest| rest.trim_end().strip_suffix('>')) else {
+        let Some(fields) = line.trim().strip_prefix('<').and_then(|rest| rest.trim_end().strip_suffix('>'))
+        else {
             continue;
         };
         let mut fields = fields.split_ascii_whitespace();
@@ -282,7 +283,9 @@ fn power_models(text: &str) -> Vec<(u32, String)> {
         for field in fields {
             match field.split_once('=') {
                 Some(("ID", value)) => id = value.parse().ok(),
-                Some(("NAME", value)) if value.bytes().all(|byte| byte.is_ascii_graphic()) => name = Some(value),
+                Some(("NAME", value)) if value.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                    name = Some(value)
+                }
                 _ => {}
             }
         }

@@ -257,7 +257,8 @@ fn processor_monitors(files: &dyn Files) -> Vec<Found> {
             continue;
         }
         for entry in files.list(&directory) {
-            let Some(sensor) = entry.strip_suffix("_label").filter(|sensor| sensor.starts_with("temp")) else {
+            let Some(sensor) = entry.strip_suffix("_label").filter(|sensor| sensor.starts_with("temp"))
+            else {
                 continue;
             };
             let label = format!("{directory}/{entry}");
