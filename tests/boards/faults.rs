@@ -201,6 +201,28 @@ fn zones_and_monitors_are_found_under_another_number() {
 }
 
 #[test]
+fn monitors_that_change_places_do_not_change_rails() {
+    let tree = Tree::agx_orin_jp6();
+    let mut sensors = tree.sensors();
+    let before = tree.round(&mut sensors).rails;
+    tree.rename("sys/class/hwmon/hwmon3", "aside");
+    tree.rename("sys/class/hwmon/hwmon4", "sys/class/hwmon/hwmon3");
+    tree.rename("aside", "sys/class/hwmon/hwmon4");
+    let readings = tree.round(&mut sensors);
+    assert!(matches!(readings.rails[0].power, Reading::Lost { .. }), "{:?}", readings.rails);
+    assert!(matches!(readings.power, Some(Reading::Lost { .. })));
+    tree.clock.advance(Duration::from_secs(1));
+    let value = |power| match power {
+        Reading::Value { value, .. } => Some(value),
+        _ => None,
+    };
+    for (before, after) in before.iter().zip(tree.round(&mut sensors).rails) {
+        assert_eq!((&before.name, value(before.power)), (&after.name, value(after.power)));
+        assert!(value(after.power).is_some());
+    }
+}
+
+#[test]
 fn a_stand_in_is_as_good_as_the_zones_that_it_needs() {
     let tree = Tree::orin_nx();
     let mut sensors = tree.sensors();

@@ -161,7 +161,10 @@ impl Rails {
             }
         }
         let Some((sum, at)) = total else { return Some(Reading::Offline) };
-        Some(Reading::Value { value: Watts((self.factor * sum + self.offset.0).max(0.0)), at })
+        let watts = self.factor * sum + self.offset.0;
+        // `max` would make 0 of what is no number.
+        let power = if watts.is_finite() { watts.max(0.0) } else { f64::INFINITY };
+        Some(Reading::Value { value: Watts(power), at })
     }
 }
 
