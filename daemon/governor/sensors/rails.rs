@@ -162,9 +162,10 @@ impl Rails {
         }
         let Some((sum, at)) = total else { return Some(Reading::Offline) };
         let watts = self.factor * sum + self.offset.0;
-        // `max` would make 0 of what is no number.
-        let power = if watts.is_finite() { watts.max(0.0) } else { f64::INFINITY };
-        Some(Reading::Value { value: Watts(power), at })
+        if !watts.is_finite() {
+            return Some(Reading::Lost { since: at });
+        }
+        Some(Reading::Value { value: Watts(watts.max(0.0)), at })
     }
 }
 
