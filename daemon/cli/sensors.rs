@@ -5,7 +5,7 @@ use super::exit::{Exit, Failure};
 use super::progress;
 use crate::clock::{Clock, SystemClock};
 use crate::config::budget;
-use crate::governor::readings::{Reading, Readings, ZoneRole};
+use crate::governor::readings::{Reading, Readings};
 use crate::governor::sensors::board::{BOARDS, BoardTable};
 use crate::governor::sensors::trace::TraceWriter;
 use crate::governor::sensors::{Probe, Sensors};
@@ -171,14 +171,6 @@ pub fn record(arguments: &RecordArguments) -> Result<Exit, Failure> {
     }
 }
 
-fn role_word(role: ZoneRole) -> &'static str {
-    match role {
-        ZoneRole::Junction => "junction",
-        ZoneRole::Die => "die",
-        ZoneRole::Board => "board",
-    }
-}
-
 fn as_text(sensors: &Sensors, readings: &Readings) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
@@ -193,7 +185,7 @@ fn as_text(sensors: &Sensors, readings: &Readings) -> String {
                 let _ = write!(value, ", {name} {trip:.0}");
             }
         }
-        line(&zone.name, format!("{value} ({})", role_word(zone.role)));
+        line(&zone.name, format!("{value} ({})", zone.role.word()));
     }
     let watts = |power| state(power, at, |Watts(w)| format!("{w:.2} W"));
     for rail in &readings.rails {
@@ -276,7 +268,7 @@ fn as_json(sensors: &Sensors, readings: &Readings) -> Value {
         .map(|zone| {
             json!({
                 "name": zone.name,
-                "role": role_word(zone.role),
+                "role": zone.role.word(),
                 "required": zone.required,
                 "temperature": value(zone.temperature, at, |Celsius(t)| t),
                 "passive_trip": zone.passive_trip,

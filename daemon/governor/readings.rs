@@ -33,6 +33,17 @@ pub enum ZoneRole {
     Board,
 }
 
+impl ZoneRole {
+    /// The stable word, in traces and JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            ZoneRole::Junction => "junction",
+            ZoneRole::Die => "die",
+            ZoneRole::Board => "board",
+        }
+    }
+}
+
 /// A thermal zone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Zone {

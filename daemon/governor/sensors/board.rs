@@ -15,7 +15,7 @@ pub struct BoardTable {
     pub name: &'static str,
     /// Name for people.
     pub title: &'static str,
-    /// Part numbers of modules, or the beginning of some, as they stand in `compatible`.
+    /// Part numbers of its modules, as they stand in `compatible`.
     pub modules: &'static [&'static str],
     /// Zones by the beginning of their type.
     pub zones: &'static [ZoneRule],
@@ -124,13 +124,11 @@ pub const BOARDS: &[BoardTable] = &[
         zones: ORIN_ZONES,
         rails: NX_RAILS,
     },
-    GENERIC,
+    BoardTable { name: "generic", title: "Linux machine", modules: &[], zones: GENERIC_ZONES, rails: &[] },
 ];
 
-const GENERIC: BoardTable =
-    BoardTable { name: "generic", title: "Linux machine", modules: &[], zones: GENERIC_ZONES, rails: &[] };
-
-static ANY: BoardTable = GENERIC;
+/// Any machine that is no other.
+const GENERIC: &BoardTable = &BOARDS[BOARDS.len() - 1];
 
 impl BoardTable {
     /// The board with this name.
@@ -144,7 +142,7 @@ impl BoardTable {
         BOARDS
             .iter()
             .find(|board| module.is_some_and(|module| board.modules.contains(&module)))
-            .unwrap_or(&ANY)
+            .unwrap_or(GENERIC)
     }
 
     /// Whether this is no board that is known.

@@ -129,7 +129,11 @@ impl Sensors {
         let named = config.name.as_deref().map(|name| (name, BoardTable::named(name)));
         let (board, unknown_board) = match named {
             Some((_, Some(board))) => (board, None),
-            Some((name, None)) => (BoardTable::of(&identity), Some(name.to_string())),
+            Some((name, None)) => {
+                let board = BoardTable::of(&identity);
+                tracing::warn!("no board is named {name:?}: this one is taken for {}", board.name);
+                (board, Some(name.to_string()))
+            }
             None => (BoardTable::of(&identity), None),
         };
         let mut sensors = Sensors {

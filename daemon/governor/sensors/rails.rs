@@ -123,6 +123,25 @@ impl Rails {
         self.denied
     }
 
+    /// Names of the rails that count.
+    fn counted(&self, board: &BoardTable, found: &[Found]) -> Vec<String> {
+        if let Some(named) = &self.named {
+            return named.clone();
+        }
+        if !board.rails.is_empty() {
+            return board.rails.iter().map(|name| name.to_string()).collect();
+        }
+        let of = |counts: fn(&Source) -> bool| -> Vec<String> {
+            found.iter().filter(|(_, source)| counts(source)).map(|(name, _)| name.clone()).collect()
+        };
+        let monitored = of(|source| matches!(source, Source::Ina { .. }));
+        match monitored.iter().find(|name| *name == "VDD_IN") {
+            Some(module) => vec![module.clone()],
+            None if monitored.is_empty() => of(|source| matches!(source, Source::Rapl { .. })),
+            None => monitored,
+        }
+    }
+
     /// Factor × sum + offset; as old as the oldest part. A rail that is switched off takes nothing.
     fn sum(&self) -> Option<Reading<Watts>> {
         let counted = || self.known.iter().filter(|rail| rail.counted).map(|rail| rail.last);
@@ -142,7 +161,11 @@ impl Rails {
             }
         }
         let Some((sum, at)) = total else { return Some(Reading::Offline) };
-        Some(Reading::Value { value: Watts((self.factor * sum + self.offset.0).max(0.0)), at })
+        let watts = self.factor * sum + self.offset.0;
+        if !watts.is_finite() {
+            return Some(Reading::Lost { since: at });
+        }
+        Some(Reading::Value { value: Watts(watts.max(0.0)), at })
     }
 }
 
@@ -153,18 +176,7 @@ impl Scan for Rails {
         self.denied = denied;
         found.extend(packages);
         found.extend(batteries(files));
-        let counted: Vec<String> = match &self.named {
-            Some(named) => named.clone(),
-            None if !board.rails.is_empty() => board.rails.iter().map(|name| name.to_string()).collect(),
-            None => {
-                let counts = unnamed(&found);
-                found.iter().filter(|(_, source)| counts(source)).map(|(name, _)| name.clone()).collect()
-            }
-        };
-        let counted = match (&self.named, board.rails.is_empty()) {
-            (None, true) if counted.iter().any(|name| name == "VDD_IN") => vec!["VDD_IN".to_string()],
-            _ => counted,
-        };
+        let counted = self.counted(board, &found);
         let missing = counted.iter().filter(|name| !found.iter().any(|(there, _)| there == *name));
         found.extend(missing.cloned().map(|name| (name, Source::Absent)).collect::<Vec<_>>());
         for known in &mut self.known {
@@ -268,16 +280,6 @@ impl Source {
 }
 
 type Found = (String, Source);
-
-/// What is counted where nobody says it.
-fn unnamed(found: &[Found]) -> fn(&Source) -> bool {
-    if found.iter().any(|(_, source)| matches!(source, Source::Ina { .. })) {
-        |source| matches!(source, Source::Ina { .. })
-    } else {
-        // `psys`, the platform, has the package in it.
-        |source| matches!(source, Source::Rapl { .. })
-    }
-}
 
 /// Channels with a label, but for those that are not connected (`NC`). Channel 7 is a sum of shunt voltages.
 fn ina3221(files: &dyn Files) -> Vec<Found> {

@@ -69,7 +69,7 @@ impl<W: io::Write> TraceWriter<W> {
 fn header(readings: &Readings) -> Vec<String> {
     let mut columns = vec!["at".to_string()];
     for zone in &readings.zones {
-        let mut column = format!("zone:{}:{}", zone.name, role_word(zone.role));
+        let mut column = format!("zone:{}:{}", zone.name, zone.role.word());
         if zone.required {
             column.push_str(":required");
         }
@@ -129,14 +129,6 @@ fn cell<T>(reading: Reading<T>, round: Duration, number: impl Fn(T) -> f64) -> S
 /// To the nanosecond, so that a time is the same when it is read back.
 fn seconds(time: Duration) -> String {
     format!("{}.{:09}", time.as_secs(), time.subsec_nanos())
-}
-
-fn role_word(role: ZoneRole) -> &'static str {
-    match role {
-        ZoneRole::Junction => "junction",
-        ZoneRole::Die => "die",
-        ZoneRole::Board => "board",
-    }
 }
 
 /// What is wrong with a trace.
@@ -245,7 +237,7 @@ fn zone(text: &str) -> Option<Zone> {
             required = true;
         } else {
             let roles = [ZoneRole::Junction, ZoneRole::Die, ZoneRole::Board];
-            let role = roles.into_iter().find(|role| role_word(*role) == last)?;
+            let role = roles.into_iter().find(|role| role.word() == last)?;
             let temperature = Reading::Offline;
             return Some(Zone {
                 name: before.to_string(),
