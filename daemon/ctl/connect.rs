@@ -1,7 +1,7 @@
 //! The way to the daemon: a bus or a socket, and calls with a limit of time.
 
 use super::exit::{Exit, Failure};
-use crate::bus::{Dictionary, ManagerProxy, NAME, ROOT, RunProxy};
+use crate::bus::{Dictionary, GovernorProxy, ManagerProxy, NAME, ROOT, RunProxy};
 use serde::Serialize;
 use std::future::Future;
 use std::time::Duration;
@@ -166,6 +166,16 @@ impl Client {
             .await
             .map_err(Failure::from)?;
         self.answer(properties.get_all(proxy.interface().clone())).await
+    }
+
+    /// What the governor sees and decides; `None` of a daemon that does not tell.
+    pub async fn governor(&self) -> Option<Dictionary> {
+        let governor = GovernorProxy::builder(&self.connection)
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await
+            .ok()?;
+        self.properties(governor.inner()).await.ok()
     }
 
     /// Whether a path names a run: `/` stands for none.

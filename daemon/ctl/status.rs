@@ -37,17 +37,21 @@ pub async fn command(context: &Context) -> Result<Code, Failure> {
         }
         _ => None,
     };
+    let governor = client.governor().await;
     let inhibitors = client.answer(client.manager.list_inhibitors()).await?;
     let inhibitors: Vec<Inhibitor> = inhibitors
         .into_iter()
         .map(|(who, why, uid, since_us)| Inhibitor { who, why, uid, since_us })
         .collect();
     if context.json {
-        context.console.json(json(&daemon, active.as_ref(), &inhibitors))?;
+        context.console.json(json(&daemon, active.as_ref(), governor.as_ref(), &inhibitors))?;
     } else {
         let dot = context.console.paint(Colour::of_state(&text_of(&daemon, "State")), "●");
         let now = context.now_us();
-        let page = page(&daemon, active.as_ref(), &inhibitors, now, &context.zone, |uid| context.user(uid));
+        let governor = governor.as_ref().map(governor_line);
+        let page = page(&daemon, active.as_ref(), governor, &inhibitors, now, &context.zone, |uid| {
+            context.user(uid)
+        });
         context.console.result(&format!("{dot} {page}"))?;
     }
     Ok(Exit::Done.into())
@@ -57,7 +61,50 @@ fn unfinished(daemon: &Dictionary) -> u32 {
     daemon.get("UnfinishedRuns").and_then(|value| u32::try_from(value).ok()).unwrap_or(0)
 }
 
-fn json(daemon: &Dictionary, active: Option<&Figures>, inhibitors: &[Inhibitor]) -> Value {
+fn number(properties: &Dictionary, key: &str) -> Option<f64> {
+    properties.get(key).and_then(|value| f64::try_from(value).ok()).filter(|number| number.is_finite())
+}
+
+/// What the governor sees and decides: `62 % of the time (thermal), 84.6 °C of 85.0 °C, 31.2 W, MODE_30W`.
+fn governor_line(governor: &Dictionary) -> String {
+    let text = |key| text::printable(&text_of(governor, key));
+    let mut line = match number(governor, "Duty") {
+        Some(duty) if duty < 0.01 => "nothing computes".to_string(),
+        Some(duty) => format!("{:.0} % of the time", duty * 100.0),
+        None => text("Level"),
+    };
+    if let Some(reason) = some(&text("Reason")) {
+        line.push_str(&format!(" ({reason})"));
+    }
+    match (number(governor, "Temperature"), number(governor, "TemperatureLimit")) {
+        (Some(now), Some(limit)) => line.push_str(&format!(", {now:.1} °C of {limit:.1} °C")),
+        _ => line.push_str(", blind to heat: there is no thermal zone"),
+    }
+    line.extend(number(governor, "Power").map(|power| format!(", {power:.1} W")));
+    line.extend(some(&text("Mode")).map(|mode| format!(", {mode}")));
+    line
+}
+
+fn governor_json(governor: &Dictionary) -> Value {
+    let text = |key| Some(text_of(governor, key)).filter(|text| !text.is_empty());
+    json!({
+        "board": text("Board"),
+        "mode": text("Mode"),
+        "level": text("Level"),
+        "duty": number(governor, "Duty"),
+        "reason": text("Reason"),
+        "temperature": number(governor, "Temperature"),
+        "temperature_limit": number(governor, "TemperatureLimit"),
+        "power_w": number(governor, "Power"),
+    })
+}
+
+fn json(
+    daemon: &Dictionary,
+    active: Option<&Figures>,
+    governor: Option<&Dictionary>,
+    inhibitors: &[Inhibitor],
+) -> Value {
     let text = |key| Some(text_of(daemon, key)).filter(|text| !text.is_empty());
     let inhibitors: Vec<Value> = inhibitors
         .iter()
@@ -70,6 +117,7 @@ fn json(daemon: &Dictionary, active: Option<&Figures>, inhibitors: &[Inhibitor])
         "device": text("Device"),
         "active_run": active.map(Figures::json),
         "unfinished_runs": unfinished(daemon),
+        "governor": governor.map(governor_json),
         "inhibitors": inhibitors,
     })
 }
@@ -77,6 +125,7 @@ fn json(daemon: &Dictionary, active: Option<&Figures>, inhibitors: &[Inhibitor])
 fn page(
     daemon: &Dictionary,
     active: Option<&Figures>,
+    governor: Option<String>,
     inhibitors: &[Inhibitor],
     now_us: u64,
     zone: &TimeZone,
@@ -112,6 +161,7 @@ fn page(
     let rows = [
         ("State", state),
         ("Device", device),
+        ("Governor", governor.unwrap_or_default()),
         ("Run", run),
         ("Queue", text::count(waiting, "run")),
         ("Held by", holds.join("\n")),

@@ -192,7 +192,7 @@ async fn status() {
     assert_eq!(
         clean(bench.run(&["status", "--json"]).await),
         "{\"schema\":1,\"version\":\"0.1.0\",\"state\":\"waiting\",\"reason\":\"inhibited\",\
-         \"device\":\"CPU (2 threads)\",\"active_run\":null,\"unfinished_runs\":2,\"inhibitors\":[{\"who\":\
+         \"device\":\"CPU (2 threads)\",\"active_run\":null,\"unfinished_runs\":2,\"governor\":null,\"inhibitors\":[{\"who\":\
          \"dock\\u0007\",\"why\":\"docking\",\"uid\":1000,\"since_us\":1699999700000000}]}\n"
     );
 }

@@ -102,7 +102,8 @@ async fn the_documentation_describes_what_is_served() {
     let bench = Bench::new(Authorization::Owner);
     bench.fake.add(queued(1, ADA));
     let client = bench.client(EVE, &[]).await;
-    for (path, name) in [(ROOT.to_string(), "Manager"), (path_of(1), "Run")] {
+    let root = || ROOT.to_string();
+    for (path, name) in [(root(), "Manager"), (root(), "Governor"), (path_of(1), "Run")] {
         let name = format!("org.finetuned.Finetuned1.{name}");
         let (text, document) = documented(&format!("{name}.xml"));
         let served = served(&client, &path).await;
