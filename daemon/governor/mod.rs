@@ -10,4 +10,5 @@
 //! time.
 
 pub mod control;
+pub mod energy;
 pub mod readings;
