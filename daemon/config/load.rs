@@ -13,7 +13,7 @@ use super::budget::{Board, Budget, Conditions, Window};
 use super::daemon::*;
 use super::document::{Document, Entry, Mistake, Place, Value, nearest};
 use super::times::Hours;
-use crate::units::{Bytes, Celsius, Joules, Watts};
+use crate::units::{Celsius, Joules, Watts};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -736,6 +736,7 @@ fn absolute(value: &Value) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Bytes;
 
     fn nothing(_: &str) -> Option<OsString> {
         None
