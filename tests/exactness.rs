@@ -12,5 +12,7 @@ mod fixture;
 mod processes;
 #[path = "exactness/refusals.rs"]
 mod refusals;
+#[path = "exactness/requests.rs"]
+mod requests;
 #[path = "exactness/same_bits.rs"]
 mod same_bits;

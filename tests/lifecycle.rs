@@ -105,7 +105,7 @@ fn a_daemon_lives_as_its_service_manager_expects() {
     let said = errors(&second);
     assert!(said.contains("another finetuned (process ") && said.contains("--state-dir"), "{said}");
 
-    std::fs::write(&config, "[log]\nlevel = \"debug\"\n[limits]\nruns = 3\n").unwrap();
+    std::fs::write(&config, "[log]\nlevel = \"debug\"\n[limits]\nruns = 3\n[worker]\nnice = 12\n").unwrap();
     first.signal(rustix::process::Signal::HUP);
     first.wait_for("RELOADING=1\nMONOTONIC_USEC=");
     first.wait_for("READY=1\n");
@@ -120,7 +120,7 @@ fn a_daemon_lives_as_its_service_manager_expects() {
     assert_eq!(ended.status.code(), Some(0), "{said}");
     for words in [
         " serves socket unix:path=",
-        "limits.runs has changed, and takes effect with the next start",
+        "worker.nice has changed, and takes effect with the next start",
         "the configuration is refused: ",
         "did you mean `level`?",
         "told to end",

@@ -10,7 +10,12 @@ mod fixture;
 mod kills;
 #[path = "service/load.rs"]
 mod load;
+#[path = "bus_policy/private_bus.rs"]
+#[allow(dead_code, reason = "the bus of the policy's tests, of which these use a part")]
+mod private_bus;
 #[path = "service/queue.rs"]
 mod queue;
 #[path = "service/runs.rs"]
 mod runs;
+#[path = "service/users.rs"]
+mod users;

@@ -116,6 +116,10 @@ struct Identity {
     groups: Option<Vec<u32>>,
 }
 
+/// A uid and its groups, for tests to change.
+#[cfg(test)]
+pub(super) type Posed = std::sync::Arc<Mutex<(u32, Vec<u32>)>>;
+
 /// The judge of the calls on one connection.
 #[derive(Debug)]
 pub struct Authority {
@@ -125,12 +129,13 @@ pub struct Authority {
     own: u32,
     known: Mutex<HashMap<String, Identity>>,
     checks: Slots,
+    patience: Duration,
     /// Distinguishes questions to polkit, so that they can be taken back.
     questions: AtomicU64,
     group_file: PathBuf,
     /// Whom tests pose as, instead of who they are.
     #[cfg(test)]
-    posed: Option<std::sync::Arc<Mutex<(u32, Vec<u32>)>>>,
+    posed: Option<Posed>,
 }
 
 impl Authority {
@@ -142,6 +147,7 @@ impl Authority {
             own: rustix::process::geteuid().as_raw(),
             known: Mutex::default(),
             checks: Slots::new(CHECKS.0, CHECKS.1),
+            patience: PATIENCE,
             questions: AtomicU64::new(0),
             group_file: "/etc/group".into(),
             #[cfg(test)]
@@ -149,12 +155,17 @@ impl Authority {
         }
     }
 
+    /// Waits this long for polkit, when nobody is asked for a password.
+    pub fn with_patience(self, patience: Duration) -> Authority {
+        Authority { patience, ..self }
+    }
+
     /// A judge that takes every caller for `who` (uid and groups), as the daemon of the user `own`.
     #[cfg(test)]
     pub(super) fn posing(
         config: AuthorizationConfig,
         own: u32,
-        who: std::sync::Arc<Mutex<(u32, Vec<u32>)>>,
+        who: Posed,
         group_file: &std::path::Path,
     ) -> Authority {
         Authority {
@@ -357,7 +368,7 @@ impl Authority {
         };
         let (flags, patience) = match interactive {
             true => (CheckAuthorizationFlags::ALLOW_USER_INTERACTION, PATIENCE_WITH_PEOPLE),
-            false => (CheckAuthorizationFlags::empty(), PATIENCE),
+            false => (CheckAuthorizationFlags::empty(), self.patience),
         };
         let question = format!("finetuned-{}", self.questions.fetch_add(1, Ordering::Relaxed));
         let no_details = HashMap::new();
@@ -387,7 +398,7 @@ impl Authority {
                 // Takes the question back; whether that is heard makes no difference here.
                 let taken_back = polkit.cancel_check_authorization(&question);
                 let _ = timeout(Duration::from_secs(1), taken_back).await;
-                refuse(unreachable_polkit(&format!("no answer within {} s", patience.as_secs())))
+                refuse(unreachable_polkit(&format!("no answer within {} s", patience.as_secs_f32())))
             }
         }
     }

@@ -22,8 +22,7 @@ impl Options {
     {
         self.known.push(name);
         let Some(value) = self.given.remove(name) else { return Ok(None) };
-        let found =
-            Variant::from(value.try_clone().map_err(zbus::Error::from)?).value_signature().to_string();
+        let found = Variant::from(value.try_clone()?).value_signature().to_string();
         match T::try_from(value) {
             Ok(value) => Ok(Some(value)),
             Err(_) => Err(Error::InvalidInput(format!(

@@ -59,7 +59,8 @@ pub(super) fn changed(before: &Status, now: &Status) -> HashMap<&'static str, Va
 impl Manager {
     /// Takes a run into the queue. `spec` is the text of a run spec. `files` holds every file and directory that the
     /// spec names, opened for reading, under the path that the spec writes; a model that is not in it is looked up
-    /// among the registered ones. Options: `spec-name` (s), `priority` (i), `hold` (b: begin as paused).
+    /// among the registered ones. Options: `spec-name` (s), `priority` (i; above 0
+    /// only for those who may manage all runs), `hold` (b: begin as paused).
     #[zbus(out_args("run"))]
     async fn submit(
         &self,
@@ -88,6 +89,9 @@ impl Manager {
         let priority = options.take::<i32>("priority")?.unwrap_or(0);
         let hold = options.take::<bool>("hold")?.unwrap_or(false);
         options.finish()?;
+        if priority > 0 {
+            self.context.authority.allow(Action::ManageAll, &header, connection).await?;
+        }
         let spec_name = plain("the option \"spec-name\"", spec_name, MAX_NAME)?;
         let mut named = Vec::with_capacity(files.len());
         for (path, file) in files {
@@ -133,7 +137,8 @@ impl Manager {
         Ok(run::path(Some(&id)))
     }
 
-    /// Changes a run's place in the queue: higher goes first.
+    /// Changes a run's place in the queue: higher goes first. A priority above 0 may take the device from the runs of
+    /// others, and is for those who may manage all runs.
     async fn set_priority(
         &self,
         #[zbus(header)] header: Header<'_>,
@@ -143,7 +148,12 @@ impl Manager {
     ) -> Result<()> {
         let id = run::id(&run)?;
         let owner = self.context.runs.view(&id)?.owner;
-        self.context.authority.allow_run(owner, &header, connection).await?;
+        let authority = &self.context.authority;
+        if priority > 0 {
+            authority.allow(Action::ManageAll, &header, connection).await?;
+        } else {
+            authority.allow_run(owner, &header, connection).await?;
+        }
         Ok(self.context.runs.set_priority(&id, priority).await?)
     }
 

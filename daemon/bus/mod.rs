@@ -9,7 +9,7 @@
 //!        each change of a run ──► publisher of each connection ──► signals
 //! ```
 //!
-//! [`server`] makes the connections, [`publish`] keeps the objects of one connection in step with the runs.
+//! [`server`] makes the connections, `publish` keeps the objects of one connection in step with the runs.
 //! The client's proxies, [`ManagerProxy`] and [`RunProxy`], come from the same declarations as the objects.
 //! `docs/dbus/` describes the interface; a test compares it with what is served.
 

@@ -65,6 +65,10 @@ impl Listener {
     /// Listens at `unix:path=…` or `unix:abstract=…`. A socket file that nobody answers at is replaced.
     pub fn bind(address: &str) -> Result<Listener, ServeError> {
         let failed = |why: String| ServeError::Listen { address: address.to_string(), why };
+        // Clients disagree on whether such a path is to be unescaped (zbus does not).
+        if address.contains('%') {
+            return Err(failed("a path with escaped characters is not supported: choose a plain one".into()));
+        }
         let parsed = zbus::Address::try_from(address).map_err(|error| failed(error.to_string()))?;
         let place = match parsed.transport() {
             Transport::Unix(unix) => unix.path().clone(),

@@ -171,7 +171,7 @@ impl Server {
         let (views, status) = (context.runs.views(), context.runs.status());
         let connection = objects(builder, &context, &service.log, &views).build().await.map_err(connect)?;
         let mut lost = name_lost(&connection).await.map_err(connect)?;
-        match connection.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE.into()).await {
+        match connection.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE).await {
             Ok(_) => {}
             Err(zbus::Error::NameTaken) => return Err(ServeError::NameTaken { bus: bus.clone() }),
             Err(source) => return Err(ServeError::NameRefused { bus: bus.clone(), source }),
@@ -183,7 +183,8 @@ impl Server {
                 ended = publish(&connection, &context, changes, views, status, pace) => {
                     format!("the connection to it ended: {ended}")
                 }
-                Some(_) = lost.next() => format!("it took the name {NAME} away"),
+                // An error is the end of the connection, which the other branch says better.
+                Some(Ok(_)) = lost.next() => format!("it took the name {NAME} away"),
             };
             let _ = failed.send(ServeError::Lost { bus, why }).await;
         });

@@ -29,6 +29,12 @@ impl Slots {
         self.each
     }
 
+    /// Whether no place is taken.
+    #[cfg(test)]
+    pub fn is_free(&self) -> bool {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// A place for `key`, if one is free.
     pub fn take(&self, key: &str) -> Option<Slot> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -71,6 +77,6 @@ mod tests {
         drop(a1);
         let a3 = slots.take("a").unwrap();
         drop((a2, a3, b1));
-        assert!(slots.taken.lock().unwrap().is_empty(), "nothing is kept of callers that are gone");
+        assert!(slots.is_free(), "nothing is kept of callers that are gone");
     }
 }

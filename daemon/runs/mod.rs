@@ -6,10 +6,12 @@
 //!                                   launch ──► worker (protocol)
 //! ```
 //!
-//! One task, [`owner`], owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
+//! One task, `owner`, owns every run and every file of `runs/`; everybody else holds a [`Runs`], asks through it and
 //! reads [`RunView`]s. A view never runs ahead of the disk: a state is durable before it is shown.
 
 mod copy;
+#[cfg(test)]
+pub mod fake;
 pub mod inputs;
 pub mod models;
 pub mod state;

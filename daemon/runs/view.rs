@@ -306,7 +306,7 @@ impl Runs {
         self.changes.subscribe()
     }
 
-    /// Waits until the run is over.
+    /// Waits until the run is over, or the daemon goes down.
     pub async fn wait(&self, id: &RunId) -> Result<RunView, RequestError> {
         let mut changes = self.changes();
         loop {
@@ -314,10 +314,11 @@ impl Runs {
             if view.state.is_over() {
                 return Ok(view);
             }
-            // A lag only means that changes were missed: look again.
-            if let Err(broadcast::error::RecvError::Closed) = changes.recv().await {
+            if self.status().state == "stopping" {
                 return Err(RequestError::ShuttingDown);
             }
+            // A lag only means that changes were missed: look again. The channel never closes, since we hold it.
+            let _ = changes.recv().await;
         }
     }
 

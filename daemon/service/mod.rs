@@ -20,7 +20,7 @@ mod transitions;
 use crate::bus::{Endpoint, LogSwitch, ServeError, Server, Service};
 use crate::checkpoint::{LockError, OutputLock};
 use crate::clock::SystemClock;
-use crate::config::daemon::{DaemonConfig, Launch};
+use crate::config::daemon::{DaemonConfig, Launch, WorkerConfig};
 use crate::config::{ConfigError, Mode};
 use crate::reason::Reason;
 use crate::runs::{self, Change, Runs};
@@ -233,7 +233,7 @@ async fn serve(
                 Asked::End => break None,
                 Asked::Reload => {
                     notifier.reloading();
-                    reload(arguments, &mut config, &log);
+                    reload(arguments, &mut config, &log, &runs).await;
                     notifier.ready();
                 }
             },
@@ -424,24 +424,39 @@ fn start_runs(config: &DaemonConfig, heartbeat: Arc<AtomicU64>) -> Result<Runs, 
 }
 
 /// Reads the configuration again. What cannot change while the daemon runs is told; with a mistake nothing changes.
-fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &Log) {
+async fn reload(arguments: &ServiceArguments, config: &mut DaemonConfig, log: &Log, runs: &Runs) {
     let new = match arguments.load() {
         Ok(new) => new,
         Err(error) => return refuse(&error),
     };
     for key in config.differences(&new) {
-        match key.as_str() {
-            "log.level" => {
-                let changed = new.log.level.parse().map_err(|_| "no level".to_string());
-                match changed.and_then(|level| log.set_level(level)) {
-                    Ok(()) => config.log.level = new.log.level.clone(),
-                    Err(error) => tracing::error!(error, "the level of the log stays as it was"),
-                }
+        if key == "log.level" {
+            let changed = new.log.level.parse().map_err(|_| "no level".to_string());
+            match changed.and_then(|level| log.set_level(level)) {
+                Ok(()) => config.log.level = new.log.level.clone(),
+                Err(error) => tracing::error!(error, "the level of the log stays as it was"),
             }
-            key => tracing::warn!("{key} has changed, and takes effect with the next start of the daemon"),
+        } else if !takes_effect_at_once(&key) {
+            tracing::warn!("{key} has changed, and takes effect with the next start of the daemon");
         }
     }
+    match runs.configure(new.clone()).await {
+        Ok(()) => {
+            config.limits = new.limits;
+            config.worker = WorkerConfig { launch: config.worker.launch.clone(), ..new.worker };
+            config.storage.model_directories = new.storage.model_directories;
+        }
+        Err(error) => tracing::error!("limits, worker and models stay as they were: {error}"),
+    }
     tracing::info!("the configuration was read again");
+}
+
+/// Whether [`Runs::configure`] takes a key over. The limit of waiting calls is the bus's, and nice level and
+/// out-of-memory score are the launcher's.
+fn takes_effect_at_once(key: &str) -> bool {
+    let kept = ["limits.waits_per_sender", "worker.launch", "worker.nice", "worker.oom_score_adjust"];
+    let live = key.starts_with("limits.") || key.starts_with("worker.") || key == "storage.model_directories";
+    live && !kept.contains(&key)
 }
 
 #[cfg(test)]

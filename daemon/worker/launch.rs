@@ -123,7 +123,7 @@ impl ChildLauncher {
 
 impl Launcher for ChildLauncher {
     fn launch(&self) -> Launching<'_> {
-        Box::pin(std::future::ready(self.start()))
+        Box::pin(async { self.start() })
     }
 }
 

@@ -143,7 +143,7 @@ fn listen(link: &Link, mut input: Input) {
         if !open {
             link.clock().sleep(PATIENCE);
         } else {
-            match input.next() {
+            match input.request() {
                 Ok(Some(request)) => {
                     heard = link.clock().monotonic();
                     link.receive(request);

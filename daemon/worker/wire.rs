@@ -173,14 +173,14 @@ pub struct Input {
 }
 
 impl Input {
-    /// Listens to this stream, which must be a blocking one. A call of [`Self::next`] waits no longer than `patience`.
+    /// Listens to this stream, which must be a blocking one. A call of [`Self::request`] waits no longer than `patience`.
     pub fn new(stream: UnixStream, patience: Duration) -> io::Result<Input> {
         stream.set_read_timeout(Some(patience))?;
         Ok(Input { stream, lines: Lines::default() })
     }
 
     /// The next request; `None` when there was none for a while.
-    pub fn next(&mut self) -> Result<Option<Request>, WireError> {
+    pub fn request(&mut self) -> Result<Option<Request>, WireError> {
         loop {
             if let Some(line) = self.lines.pop()? {
                 return decode(&line).map(Some);
@@ -572,6 +572,8 @@ mod tests {
         runtime().block_on(async {
             let (mut daemon, worker) = pair();
             let long = Request::Stop { reason: Reason::User };
+            // Before the runtime has looked at it once, a socket seems to take nothing.
+            daemon.stream.writable().await.unwrap();
             let mut sent = 0;
             while daemon.pending.is_empty() {
                 daemon.send(&long).unwrap();
@@ -586,7 +588,7 @@ mod tests {
             let reader = std::thread::spawn(move || {
                 let mut got = 0;
                 while got < sent + 1 {
-                    assert_eq!(input.next().unwrap(), Some(Request::Stop { reason: Reason::User }));
+                    assert_eq!(input.request().unwrap(), Some(Request::Stop { reason: Reason::User }));
                     got += 1;
                 }
                 drop(input);

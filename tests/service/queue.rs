@@ -134,7 +134,7 @@ fn a_random_storm_of_requests_keeps_every_run_legal() {
                 let answer = match random.next_u32() % 8 {
                     0 | 1 => run.pause(HashMap::new()).await,
                     2 | 3 => run.resume(HashMap::new()).await,
-                    4 if random.next_u32() % 8 == 0 => run.cancel(HashMap::new()).await,
+                    4 if random.next_u32().is_multiple_of(8) => run.cancel(HashMap::new()).await,
                     5 => run.checkpoint(HashMap::new()).await.map(drop),
                     6 => {
                         let path = run.inner().path().to_owned();
