@@ -59,7 +59,7 @@ const HOT_AT_REST: Duration = Duration::from_secs(10);
 /// Time constant of the filter before a temperature loop: about one period of the duty.
 const FILTER: f64 = 0.75;
 /// Distance to the set-point that is kept beside the ripple of the duty, °C.
-const MARGIN: f64 = 0.6;
+const MARGIN: f64 = 0.9;
 /// Largest ripple that is allowed for, °C, and the time constant of its average, s.
 const RIPPLE: f64 = 2.5;
 const RIPPLE_AVERAGE: f64 = 8.0;
@@ -604,7 +604,11 @@ impl State {
         self.shares = self.shares.map(|share| share.max(self.duty.min(floor)));
         self.limit = limit.or(self.limit);
 
-        self.floored = (wanted < floor && change < 0.0).then(|| self.floored.unwrap_or(now));
+        let hot = heat.nearest.is_some_and(|(temperature, set)| temperature > set);
+        let hungry = budget.power.zip(self.power).is_some_and(|(limit, power)| power.now > limit.0);
+        let loud = budget.fan.zip(self.fan).is_some_and(|(ceiling, fan)| fan > ceiling);
+        let exceeded = wanted < floor && (hot || hungry || loud);
+        self.floored = exceeded.then(|| self.floored.unwrap_or(now));
         if self.floored.is_some_and(|floored| now.saturating_sub(floored) >= FLOOR_FOR) {
             return self.stop(self.limit.unwrap_or(Reason::Thermal), now);
         }
