@@ -5,7 +5,7 @@
 mod plant;
 
 use finetuned::config::budget::Budget;
-use finetuned::governor::control::{Decision, Level, State, step};
+use finetuned::governor::control::{Decision, Level, Note, State, step};
 use finetuned::governor::readings::*;
 use finetuned::reason::Reason;
 use finetuned::units::{Bytes, Celsius, Watts};
@@ -44,6 +44,8 @@ struct Loop {
     budget: Budget,
     state: State,
     decision: Decision,
+    /// What else the sensors say.
+    also: fn(&Plant, &mut Readings),
 }
 
 impl Loop {
@@ -57,7 +59,15 @@ impl Loop {
             let share = random.uniform(0.3, 1.1);
             budget.power = Some(Watts(plant.idle + share * plant.full));
         }
-        Loop { plant, thermometer, random, budget, state: State::default(), decision: Decision::default() }
+        Loop {
+            plant,
+            thermometer,
+            random,
+            budget,
+            state: State::default(),
+            decision: Decision::default(),
+            also: |_, _| {},
+        }
     }
 
     fn run(
@@ -78,7 +88,8 @@ impl Loop {
                 disturb(&mut self.plant, &mut self.thermometer, &mut self.random);
                 (best.fan, best.other) = (self.plant.fan, self.plant.other);
                 let now = Duration::from_secs_f64(1000.0 + self.plant.at);
-                let read = readings(&self.plant, &mut self.thermometer, metered, now, &mut self.random);
+                let mut read = readings(&self.plant, &mut self.thermometer, metered, now, &mut self.random);
+                (self.also)(&self.plant, &mut read);
                 let held = self.decision.duty == 0.0;
                 (self.state, self.decision) = step(&self.state, &read, &self.budget, now);
                 outcome.holds += usize::from(self.decision.duty == 0.0 && !held);
@@ -293,6 +304,92 @@ fn a_machine_without_sensors_trains_and_says_that_it_is_blind() {
     }
     assert_eq!((decision.duty, decision.level, decision.reason), (1.0, Level::Nominal, None));
     assert!(decision.blind && decision.notes.len() == 1, "{decision:?}");
+}
+
+#[test]
+fn a_meter_that_a_power_limit_needs_must_be_heard() {
+    let mut machine = Loop::draw(1);
+    machine.budget.power = Some(Watts(machine.plant.idle + 0.5 * machine.plant.full));
+    machine.run(300.0, |_, _, _| {});
+    assert_eq!((machine.decision.level, machine.decision.reason), (Level::Soft, Some(Reason::PowerBudget)));
+    machine.also = |_, readings| readings.power = Some(Reading::Lost { since: readings.at });
+    machine.run(2.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.0, "a moment is nothing");
+    machine.run(3.0, |_, _, _| {});
+    assert_eq!((machine.decision.duty, machine.decision.reason), (0.0, Some(Reason::SensorLost)));
+    machine.also = |_, _| {};
+    machine.run(60.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.0);
+    // Without a limit nobody needs the meter.
+    machine.budget.power = None;
+    machine.also = |_, readings| readings.power = None;
+    machine.run(60.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.0 && machine.decision.reason != Some(Reason::SensorLost));
+    // A machine that never had one says so.
+    let mut machine = Loop::draw(1);
+    machine.budget.power = Some(Watts(10.0));
+    machine.also = |_, readings| readings.power = None;
+    machine.run(60.0, |_, _, _| {});
+    assert!(machine.decision.notes.contains(&Note::BlindToPower), "{:?}", machine.decision);
+}
+
+#[test]
+fn memory_is_left_to_others_and_given_back() {
+    let mut machine = Loop::draw(2);
+    let floor = machine.budget.memory_floor;
+    assert_eq!(floor, Bytes(1 << 30));
+    machine.also = |_, readings| readings.available_memory = Some(Bytes(2 << 30));
+    machine.run(60.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.5);
+    machine.also = |_, readings| readings.available_memory = Some(Bytes(1200 << 20));
+    machine.run(5.0, |_, _, _| {});
+    assert_eq!((machine.decision.duty, machine.decision.reason), (0.5, Some(Reason::MemoryPressure)));
+    machine.also = |_, readings| readings.available_memory = Some(Bytes(900 << 20));
+    machine.run(5.0, |_, _, _| {});
+    assert_eq!((machine.decision.duty, machine.decision.reason), (0.0, Some(Reason::MemoryPressure)));
+    assert!(!machine.decision.release);
+    machine.run(40.0, |_, _, _| {});
+    assert!(machine.decision.release);
+    machine.also = |_, readings| readings.available_memory = Some(Bytes(4 << 30));
+    machine.run(60.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.0 && !machine.decision.release);
+}
+
+#[test]
+fn the_fan_stays_below_its_ceiling_in_quiet_hours() {
+    let outcomes = all(0..100, |seed| {
+        let mut machine = Loop::draw(seed);
+        machine.plant.ambient = machine.plant.ambient.min(25.0);
+        machine.plant.sink = machine.plant.ambient + machine.plant.idle * machine.plant.sink_resistance;
+        machine.budget.fan = Some(0.4);
+        // A fan that follows the sink: off below 40 °C, full at 80 °C.
+        machine.also = |plant, readings| readings.fan = Some(((plant.sink - 40.0) / 40.0).clamp(0.0, 1.0));
+        let loudest = std::cell::Cell::new(0.0f64);
+        let outcome =
+            machine.run(3600.0, |plant, _, _| loudest.set(loudest.get().max((plant.sink - 40.0) / 40.0)));
+        assert!(loudest.get() <= 0.4, "seed {seed}: the fan reaches {:.3}", loudest.get());
+        outcome
+    });
+    let worst = outcomes.iter().map(|(_, o)| o.duty).fold(1.0, f64::min);
+    println!("quiet hours: fan below its ceiling, smallest mean duty {worst:.2}");
+    assert!(worst > 0.1);
+}
+
+#[test]
+fn alarms_of_the_supply_slow_down_and_then_stop() {
+    let mut machine = Loop::draw(4);
+    machine.run(60.0, |_, _, _| {});
+    machine.also =
+        |_, readings| readings.over_current = Some(OverCurrent { under_voltage: 2.0, ..Default::default() });
+    machine.run(0.5, |_, _, _| {});
+    assert!(machine.decision.duty <= 0.8 && machine.decision.notes.contains(&Note::Alarms(0.8)));
+    machine.run(60.0, |_, _, _| {});
+    assert_eq!((machine.decision.duty, machine.decision.reason), (0.0, Some(Reason::OverCurrent)));
+    machine.also = |_, _| {};
+    machine.run(500.0, |_, _, _| {});
+    assert_eq!(machine.decision.duty, 0.0, "ten minutes");
+    machine.run(200.0, |_, _, _| {});
+    assert!(machine.decision.duty > 0.0);
 }
 
 #[test]

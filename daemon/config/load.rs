@@ -736,6 +736,7 @@ fn absolute(value: &Value) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Bytes;
 
     fn nothing(_: &str) -> Option<OsString> {
         None

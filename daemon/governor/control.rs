@@ -59,7 +59,10 @@ const HOT_AT_REST: Duration = Duration::from_secs(10);
 /// Time constant of the filter before a temperature loop: about one period of the duty.
 const FILTER: f64 = 0.75;
 /// Distance to the set-point that is kept beside the ripple of the duty, °C.
-const MARGIN: f64 = 0.6;
+const MARGIN: f64 = 0.9;
+/// Largest ripple that is allowed for, °C, and the time constant of its average, s.
+const RIPPLE: f64 = 2.5;
+const RIPPLE_AVERAGE: f64 = 8.0;
 /// Loops that are farther from their set-point than this do not speak, °C.
 const NEAR: f64 = 25.0;
 /// Time constant with which a set-point is approached, s.
@@ -84,7 +87,9 @@ const MEAN: f64 = 10.0;
 const STIFF_UP: f64 = 0.001;
 /// Share of the duty that is left while a zone that stands still is probed.
 const PROBE: f64 = 0.25;
-/// A level stays for so long.
+/// Ceiling of the duty while memory is tight.
+const TIGHT: f64 = 0.5;
+/// Nothing limits again when the duty has been one for so long.
 const DWELL: Duration = Duration::from_secs(5);
 /// At the smallest duty for so long with a limit still exceeded: rest instead.
 const FLOOR_FOR: Duration = Duration::from_secs(20);
@@ -109,10 +114,11 @@ const METER_SILENT: Duration = Duration::from_secs(3);
 const POWER_PLAUSIBLE: std::ops::Range<f64> = 0.0..100_000.0;
 /// What the loops hold.
 const LOOPS: [Reason; 3] = [Reason::Thermal, Reason::PowerBudget, Reason::QuietHours];
-/// The fan's loop, per unit of fan duty: it follows temperature slowly, so this is slow too.
-const FAN_GAIN: f64 = 0.3;
-const FAN_RATE: f64 = 0.03;
-const FAN_MARGIN: f64 = 0.02;
+/// The fan's loop: gain per unit of fan duty, and time constant with which its ceiling is approached, s. A fan follows
+/// the sink, which is slow; the distance that is kept is a step of a usual fan profile.
+const FAN_GAIN: f64 = 8.0;
+const FAN_APPROACH: f64 = 60.0;
+const FAN_MARGIN: f64 = 0.05;
 
 /// How near a limit the machine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -193,7 +199,7 @@ pub struct Decision {
 pub struct State {
     at: Option<Duration>,
     level: Level,
-    /// When `level` began.
+    /// When `level` began, or began to be in doubt.
     since: Duration,
     /// Duty that was decided, and its mean over some seconds.
     duty: f64,
@@ -260,7 +266,7 @@ struct ZoneState {
     sensor: Sensor,
     /// Temperature as the loop sees it.
     filtered: Option<Average>,
-    /// How far single readings lie above it, on average: half the ripple that the duty makes.
+    /// How far readings lie above it where they do, on average: half the ripple that the duty makes.
     ripple: f64,
 }
 
@@ -569,7 +575,55 @@ impl State {
     /// Moves the duty.
     fn go(&mut self, heat: &Heat, readings: &Readings, budget: &Budget, dt: f64, now: Duration) {
         let floor = budget.duty_floor;
-        // The loops' proposals: changes of their shares.
+        let (mut change, mut limit) = self.share(heat, readings, budget, dt);
+        let mut target = self.duty;
+        if self.level == Level::Boot {
+            if self.first_step(heat, now) {
+                target = FIRST;
+                self.shares = [FIRST; 3];
+                (change, limit) = (0.0, None);
+            }
+            change = change.min(RAMP * dt);
+        }
+        target += change.max(-SLEW_DOWN * dt);
+        if heat.probe {
+            // Back at once when the zone moves: the shares stay where they are.
+            let before = *self.probed.get_or_insert(self.duty.max(target));
+            target = before * PROBE;
+            self.shares = [before; 3];
+            limit = Some(Reason::SensorLost);
+        } else if let Some(before) = self.probed.take() {
+            target = before;
+        }
+
+        let mut ceiling = 1.0f64;
+        let memory = if self.memory.level == Memory::Tight { TIGHT } else { 1.0 };
+        for (value, reason) in [(memory, Reason::MemoryPressure), (self.alarms.ceiling, Reason::OverCurrent)]
+        {
+            if value < ceiling && value <= target {
+                limit = Some(reason);
+            }
+            ceiling = ceiling.min(value);
+        }
+        let wanted = target.min(ceiling);
+        self.duty = wanted.clamp(floor.min(ceiling), 1.0);
+        // Below the smallest duty a share is as wrong as above the largest.
+        self.shares = self.shares.map(|share| share.max(self.duty.min(floor)));
+        self.limit = limit.or(self.limit);
+
+        let hot = heat.nearest.is_some_and(|(temperature, set)| temperature > set);
+        let hungry = budget.power.zip(self.power).is_some_and(|(limit, power)| power.now > limit.0);
+        let loud = budget.fan.zip(self.fan).is_some_and(|(ceiling, fan)| fan > ceiling);
+        let exceeded = wanted < floor && (hot || hungry || loud);
+        self.floored = exceeded.then(|| self.floored.unwrap_or(now));
+        if self.floored.is_some_and(|floored| now.saturating_sub(floored) >= FLOOR_FOR) {
+            return self.stop(self.limit.unwrap_or(Reason::Thermal), now);
+        }
+        self.judge(limit.is_some() && change < 0.0, now);
+    }
+
+    /// Moves the loops' shares. The change of the duty that the smallest asks for, and what holds it.
+    fn share(&mut self, heat: &Heat, readings: &Readings, budget: &Budget, dt: f64) -> (f64, Option<Reason>) {
         let mut proposals = [SLEW_UP * dt; 3];
         if let Some(proposal) = heat.proposal {
             proposals[0] = proposal;
@@ -581,101 +635,59 @@ impl State {
         let fan = readings.fan.filter(|fan| (0.0..=1.0).contains(fan));
         if let (Some(ceiling), Some(fan)) = (budget.fan, fan) {
             let change = fan - self.fan.unwrap_or(fan);
-            proposals[2] = FAN_RATE * (ceiling - FAN_MARGIN - fan) * dt - FAN_GAIN * change;
+            let distance = ceiling - FAN_MARGIN - fan;
+            proposals[2] = FAN_GAIN * (distance * dt / FAN_APPROACH - change);
         }
         self.fan = fan;
-        let mut wanted = self.duty + SLEW_UP * dt;
+        let mut change = SLEW_UP * dt;
         let mut limit = None;
         for (i, reason) in LOOPS.into_iter().enumerate() {
             self.shares[i] = (self.shares[i] + proposals[i]).min(self.duty + HEADROOM);
-            if self.shares[i] < wanted {
-                wanted = self.shares[i];
+            if self.shares[i] - self.duty < change {
+                change = self.shares[i] - self.duty;
                 limit = Some(reason);
             }
         }
-        if heat.stiff && wanted > self.duty + STIFF_UP * dt {
-            wanted = self.duty + STIFF_UP * dt;
-            limit = Some(Reason::Thermal);
+        if heat.stiff && change > STIFF_UP * dt {
+            return (STIFF_UP * dt, Some(Reason::Thermal));
         }
-        let mut change = wanted - self.duty;
+        (change, limit)
+    }
 
-        // Boot: a step, its answer, a ramp.
+    /// Boot's step of the duty and its answer. Whether the step still lasts.
+    fn first_step(&mut self, heat: &Heat, now: Duration) -> bool {
         let nearest = heat.nearest.map(|(temperature, _)| temperature);
-        let mut target = self.duty;
-        if self.level == Level::Boot {
-            let boot = self.boot.get_or_insert(BootState { since: now, before: nearest, measured: false });
-            let elapsed = now.saturating_sub(boot.since).as_secs_f64();
-            if elapsed < ANSWER_AFTER && heat.over_stop.is_none_or(|over| over < -BELOW_STOP) {
-                target = FIRST;
-                self.shares = [FIRST; 3];
-                change = 0.0;
-                limit = None;
-            } else if !boot.measured {
-                boot.measured = true;
-                if let (Some(before), Some(after)) = (boot.before, nearest) {
-                    let answer = (after - before) / FIRST;
-                    self.gain = Some((ANSWER_GAIN / answer.max(1e-3)).clamp(GAINS.0, GAINS.1));
-                }
+        let boot = self.boot.get_or_insert(BootState { since: now, before: nearest, measured: false });
+        let early = now.saturating_sub(boot.since).as_secs_f64() < ANSWER_AFTER;
+        if early && heat.over_stop.is_none_or(|over| over < -BELOW_STOP) {
+            return true;
+        }
+        if !boot.measured {
+            boot.measured = true;
+            if let (Some(before), Some(after)) = (boot.before, nearest) {
+                let answer = (after - before) / FIRST;
+                self.gain = Some((ANSWER_GAIN / answer.max(1e-3)).clamp(GAINS.0, GAINS.1));
             }
-            change = change.min(RAMP * dt);
         }
-        target += change.max(-SLEW_DOWN * dt);
+        false
+    }
 
-        // Ceilings.
-        if heat.probe {
-            // Back at once when the zone moves: the shares stay where they are.
-            let before = *self.probed.get_or_insert(self.duty.max(target));
-            target = before * PROBE;
-            self.shares = [before; 3];
-            limit = Some(Reason::SensorLost);
-        } else if let Some(before) = self.probed.take() {
-            target = before;
-        }
-        let mut ceiling = 1.0f64;
-        for (value, reason) in [
-            (if self.memory.level == Memory::Tight { 0.5 } else { 1.0 }, Reason::MemoryPressure),
-            (self.alarms.ceiling, Reason::OverCurrent),
-        ] {
-            if value < ceiling && value <= target {
-                limit = Some(reason);
-            }
-            ceiling = ceiling.min(value);
-        }
-        let wanted = target.min(ceiling);
-        self.duty = wanted.clamp(floor.min(ceiling), 1.0);
-        // Below the smallest duty a share is as wrong as above the largest.
-        self.shares = self.shares.map(|share| share.max(self.duty.min(floor)));
-        if let Some(limit) = limit {
-            self.limit = Some(limit);
-        }
-
-        // A limit that the smallest duty exceeds.
-        self.floored = (wanted < floor && change < 0.0).then(|| self.floored.unwrap_or(now));
-        if self.floored.is_some_and(|floored| now.saturating_sub(floored) >= FLOOR_FOR) {
-            return self.stop(limit.or(self.limit).unwrap_or(Reason::Thermal), now);
-        }
+    /// Finds the level while something computes.
+    fn judge(&mut self, limited: bool, now: Duration) {
         let settled = now.saturating_sub(self.since) >= DWELL;
         match self.level {
-            Level::Boot if self.boot.as_ref().is_some_and(|boot| boot.measured) => {
-                if self.duty >= 1.0 {
-                    self.enter(Level::Nominal, now);
-                } else if limit.is_some() && change < 0.0 {
-                    self.enter(Level::Soft, now);
-                }
-                if self.level == Level::Boot {
-                    self.limit = None;
-                }
-            }
-            Level::Boot => self.limit = None,
+            Level::Boot if self.boot.as_ref().is_none_or(|boot| !boot.measured) => {}
+            Level::Boot if self.duty >= 1.0 => self.enter(Level::Nominal, now),
+            Level::Boot if limited => self.enter(Level::Soft, now),
             Level::Nominal if self.duty < 1.0 => self.enter(Level::Soft, now),
-            Level::Soft if self.duty < 1.0 => {
-                self.since = if settled { now.saturating_sub(DWELL) } else { self.since }
-            }
+            // The dwell begins again with every moment below one.
+            Level::Soft if self.duty < 1.0 => self.since = now,
             Level::Soft if settled => self.enter(Level::Nominal, now),
             _ => {}
         }
-        if self.level != Level::Boot {
-            self.boot = None;
+        match self.level {
+            Level::Boot => self.limit = None,
+            _ => self.boot = None,
         }
     }
 }
@@ -692,9 +704,9 @@ impl Heat {
         }
         let filtered = Average::step(zone.filtered, temperature, dt, FILTER);
         zone.filtered = Some(filtered);
-        zone.ripple +=
-            ((temperature - filtered.now).max(0.0).min(5.0) * 2.0 - zone.ripple) * (dt / 8.0).min(1.0);
-        let margin = MARGIN + zone.ripple.min(2.5) + zone.sensor.grain() / 2.0;
+        let above = (temperature - filtered.now).clamp(0.0, RIPPLE);
+        zone.ripple += (2.0 * above - zone.ripple) * (dt / RIPPLE_AVERAGE).min(1.0);
+        let margin = MARGIN + zone.ripple.min(RIPPLE) + zone.sensor.grain() / 2.0;
         let distance = limits.set - margin - filtered.now;
         if distance < NEAR {
             let proposal = gain * (distance * dt / APPROACH - filtered.change());

@@ -11,6 +11,7 @@
 
 pub mod control;
 pub mod door;
+pub mod energy;
 pub mod readings;
 pub mod sensors;
 

@@ -58,8 +58,9 @@ pub struct Sensor {
     below: u32,
     /// Fell too far at once.
     suspect: bool,
-    /// Last rise that was as large as no chip's, °C: a fall of the same size takes it back.
-    leap: f64,
+    /// Value before the last rise that was as large as no chip's, and that rise, °C, while the value is still up: a fall
+    /// of the same size takes it back.
+    leap: Option<(f64, f64)>,
     /// Raw value of the reading before, and since when it has been exactly that.
     raw: Option<(f64, Duration)>,
     /// Smallest and largest duty since then.
@@ -107,7 +108,7 @@ impl Sensor {
             heard: None,
             below: 0,
             suspect: false,
-            leap: 0.0,
+            leap: None,
             raw: None,
             duties: (1.0, 0.0),
             still: 0,
@@ -209,25 +210,28 @@ impl Sensor {
             return;
         };
         let rise = value - before.map_or(value, |(raw, _)| raw);
+        let returns = self.suspect;
         if self.suspect {
             if rise < RETURN_RISE && value < believed - RETURN_NEAR {
                 return;
             }
             self.suspect = false;
         } else if value < believed - fall && -rise > fall {
-            if (-rise - self.leap).abs() > LEAP_ALIKE {
+            if self.leap.is_none_or(|(_, leap)| (-rise - leap).abs() > LEAP_ALIKE) {
                 self.suspect = true;
                 return;
             }
-            self.leap = 0.0;
         } else if value < believed - FALL_SMALL {
             self.below += 1;
             if self.below < FALL_READINGS {
                 return;
             }
         }
-        if rise > FALL {
-            self.leap = rise;
+        match before {
+            // The rise that ends a lie is none: it must not excuse the next fall.
+            _ if returns => self.leap = None,
+            Some((raw, _)) if rise > FALL => self.leap = Some((raw, rise)),
+            _ => self.leap = self.leap.filter(|(base, leap)| value > base + leap / 2.0),
         }
         self.below = 0;
         self.believed = Some((value, at));
@@ -302,6 +306,8 @@ mod tests {
         let verdicts = feed(&mut sensor, 0.0, &fell, 1.0);
         assert_eq!(verdicts[1..5], [Verdict::Lost(Trouble::Fell); 4]);
         assert_eq!(verdicts[5], Verdict::Live(Celsius(79.0)), "came back");
+        let again = feed(&mut sensor, 3.0, &[Some(80.0), Some(30.0)], 1.0);
+        assert_eq!(again[1], Verdict::Lost(Trouble::Fell), "and lies again");
     }
 
     #[test]
