@@ -501,6 +501,7 @@ prop_compose! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn nothing_that_is_read_panics_or_leaves_the_range(
         rounds in proptest::collection::vec((any_readings(), 0u64..200_000), 1..40), budget in any_budget(),

@@ -67,6 +67,8 @@ const RIPPLE_AVERAGE: f64 = 8.0;
 const NEAR: f64 = 25.0;
 /// Time constant with which a set-point is approached, s.
 const APPROACH: f64 = 20.0;
+/// Time constant with which a temperature above its set-point is brought back, s.
+const RETREAT: f64 = 7.0;
 /// Wanted product of gain and answer; the gain's range and what it is before an answer was measured, 1/°C.
 const ANSWER_GAIN: f64 = 1.5;
 const GAINS: (f64, f64) = (0.02, 0.2);
@@ -308,6 +310,8 @@ struct Heat {
     lost: bool,
     /// Smallest change of the duty that a zone proposes.
     proposal: Option<f64>,
+    /// A temperature was extrapolated, or is missing.
+    doubt: bool,
     /// A zone near its set-point does not move.
     stiff: bool,
     /// A zone has not moved for minutes: it must show that it follows the duty.
@@ -454,6 +458,7 @@ impl State {
             // Where no zone stands for the whole chip, every part of it must be known.
             let needed =
                 zone.required || zone.role == ZoneRole::Junction || (zone.role == ZoneRole::Die && !junction);
+            heat.doubt |= !matches!(verdict, Verdict::Live(_) | Verdict::Offline);
             let temperature = match verdict {
                 Verdict::Live(temperature) | Verdict::Hot(temperature) => temperature.0,
                 Verdict::Offline => {
@@ -658,6 +663,10 @@ impl State {
     fn first_step(&mut self, heat: &Heat, now: Duration) -> bool {
         let nearest = heat.nearest.map(|(temperature, _)| temperature);
         let boot = self.boot.get_or_insert(BootState { since: now, before: nearest, measured: false });
+        if heat.doubt {
+            // What is not read cannot be compared.
+            boot.before = None;
+        }
         let early = now.saturating_sub(boot.since).as_secs_f64() < ANSWER_AFTER;
         if early && heat.over_stop.is_none_or(|over| over < -BELOW_STOP) {
             return true;
@@ -709,7 +718,9 @@ impl Heat {
         let margin = MARGIN + zone.ripple.min(RIPPLE) + zone.sensor.grain() / 2.0;
         let distance = limits.set - margin - filtered.now;
         if distance < NEAR {
-            let proposal = gain * (distance * dt / APPROACH - filtered.change());
+            // Above the set-point itself there is no time to lose.
+            let approach = if filtered.now > limits.set { RETREAT } else { APPROACH };
+            let proposal = gain * (distance * dt / approach - filtered.change());
             self.proposal = Some(self.proposal.map_or(proposal, |other| other.min(proposal)));
         }
     }

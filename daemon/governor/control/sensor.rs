@@ -58,9 +58,8 @@ pub struct Sensor {
     below: u32,
     /// Fell too far at once.
     suspect: bool,
-    /// Value before the last rise that was as large as no chip's, and that rise, °C, while the value is still up: a fall
-    /// of the same size takes it back.
-    leap: Option<(f64, f64)>,
+    /// The last rise that was as large as no chip's, °C, until it is taken back: by a fall of the same size.
+    leap: Option<f64>,
     /// Raw value of the reading before, and since when it has been exactly that.
     raw: Option<(f64, Duration)>,
     /// Smallest and largest duty since then.
@@ -217,7 +216,7 @@ impl Sensor {
             }
             self.suspect = false;
         } else if value < believed - fall && -rise > fall {
-            if self.leap.is_none_or(|(_, leap)| (-rise - leap).abs() > LEAP_ALIKE) {
+            if self.leap.is_none_or(|leap| (-rise - leap).abs() > LEAP_ALIKE) {
                 self.suspect = true;
                 return;
             }
@@ -227,11 +226,14 @@ impl Sensor {
                 return;
             }
         }
-        match before {
+        if returns {
             // The rise that ends a lie is none: it must not excuse the next fall.
-            _ if returns => self.leap = None,
-            Some((raw, _)) if rise > FALL => self.leap = Some((raw, rise)),
-            _ => self.leap = self.leap.filter(|(base, leap)| value > base + leap / 2.0),
+            self.leap = None;
+        } else if rise > FALL {
+            self.leap = Some(rise);
+        } else if self.leap.is_some_and(|leap| -rise >= leap / 2.0) {
+            // Taken back. Cooling slowly takes nothing back.
+            self.leap = None;
         }
         self.below = 0;
         self.believed = Some((value, at));
