@@ -117,4 +117,17 @@ impl Governor {
     fn power(&self) -> f64 {
         self.context.governor.borrow().power.map_or(f64::NAN, |power| power.0)
     }
+
+    /// Energy that runs took this night (noon to noon), in watt-hours, as the quota counts it; NaN where there is no
+    /// meter.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn night_energy(&self) -> f64 {
+        self.context.governor.borrow().night.map_or(f64::NAN, |energy| energy.watt_hours())
+    }
+
+    /// The night's quota, in watt-hours; NaN where there is none.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn night_quota(&self) -> f64 {
+        self.context.governor.borrow().quota.map_or(f64::NAN, |quota| quota.watt_hours())
+    }
 }

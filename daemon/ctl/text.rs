@@ -118,7 +118,8 @@ pub fn table<const N: usize>(headers: [&str; N], rows: &[[String; N]]) -> String
 
 /// A page of labelled values, labels to the right, as `systemctl status` has them. Values may have several lines.
 pub fn fields(rows: &[(&str, String)]) -> String {
-    let width = rows.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0) + 2;
+    let shown = rows.iter().filter(|(_, value)| !value.is_empty());
+    let width = shown.map(|(label, _)| label.chars().count()).max().unwrap_or(0) + 2;
     let mut text = String::new();
     for (label, value) in rows {
         for (i, line) in value.lines().enumerate() {

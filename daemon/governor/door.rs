@@ -1,23 +1,33 @@
-//! Between the governor's thread and the owner of the runs: rulings one way, "a worker computes" the other.
+//! Between the governor's thread and the owner of the runs: rulings one way, what the runs do the other.
 //!
 //! The owner must not mistake silence for leave: a governor whose thread has ended, or has made no round for
 //! [`STALLED`] (a driver that hangs), holds everything.
 
 use super::Ruling;
 use crate::reason::Reason;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::units::RunId;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 
 /// A governor that is silent for this long counts as lost. A round takes milliseconds, and comes every half second.
 pub const STALLED: Duration = Duration::from_secs(10);
 
+/// What the runs do, for the energy's account.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// The run whose worker computes; absent while none does.
+    pub run: Option<RunId>,
+    /// Tokens that were trained on since the daemon started, by all runs.
+    pub tokens: u64,
+}
+
 /// The owner's side.
 #[derive(Clone, Debug)]
 pub struct Door {
     ruling: watch::Receiver<Ruling>,
-    computing: Arc<AtomicBool>,
+    activity: Arc<Mutex<Activity>>,
     /// When the last round ended, in milliseconds of the clock.
     last: Arc<AtomicU64>,
 }
@@ -26,17 +36,17 @@ pub struct Door {
 #[derive(Debug)]
 pub struct Bench {
     ruling: watch::Sender<Ruling>,
-    computing: Arc<AtomicBool>,
+    activity: Arc<Mutex<Activity>>,
     last: Arc<AtomicU64>,
 }
 
 /// Both sides, with the first ruling, made at `now`.
 pub fn pair(first: Ruling, now: Duration) -> (Bench, Door) {
     let (sender, receiver) = watch::channel(first);
-    let computing = Arc::new(AtomicBool::new(false));
+    let activity = Arc::new(Mutex::new(Activity::default()));
     let last = Arc::new(AtomicU64::new(now.as_millis() as u64));
-    let bench = Bench { ruling: sender, computing: computing.clone(), last: last.clone() };
-    (bench, Door { ruling: receiver, computing, last })
+    let bench = Bench { ruling: sender, activity: activity.clone(), last: last.clone() };
+    (bench, Door { ruling: receiver, activity, last })
 }
 
 impl Bench {
@@ -46,9 +56,9 @@ impl Bench {
         self.ruling.send_if_modified(|before| std::mem::replace(before, ruling) != ruling);
     }
 
-    /// Whether a worker computes.
-    pub fn computing(&self) -> bool {
-        self.computing.load(Ordering::Relaxed)
+    /// What the runs do.
+    pub fn activity(&self) -> Activity {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether the owner is gone.
@@ -75,9 +85,17 @@ impl Door {
         }
     }
 
-    /// Tells the governor whether a worker computes.
-    pub fn tell(&self, computing: bool) {
-        self.computing.store(computing, Ordering::Relaxed);
+    /// Tells the governor whose worker computes.
+    pub fn computes(&self, run: Option<&RunId>) {
+        let mut activity = self.activity.lock().unwrap_or_else(PoisonError::into_inner);
+        if activity.run.as_ref() != run {
+            activity.run = run.cloned();
+        }
+    }
+
+    /// Tells the governor of tokens that were trained on.
+    pub fn trained(&self, tokens: u64) {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner).tokens += tokens;
     }
 }
 
@@ -94,8 +112,11 @@ mod tests {
         let slow = Ruling { duty: 0.5, ..Ruling::FREE };
         bench.rule(slow, at(112));
         assert_eq!(door.ruling(at(113)), slow);
-        door.tell(true);
-        assert!(bench.computing());
+        let run = RunId::from_bits([1; 6]);
+        door.computes(Some(&run));
+        door.trained(7);
+        door.trained(5);
+        assert_eq!(bench.activity(), Activity { run: Some(run), tokens: 12 });
         drop(bench);
         assert_eq!(door.ruling(at(113)).hold, Some(Reason::SensorLost), "its thread has ended");
     }

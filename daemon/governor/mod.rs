@@ -16,7 +16,7 @@ pub mod readings;
 pub mod sensors;
 
 use crate::reason::Reason;
-use crate::units::{Celsius, Watts};
+use crate::units::{Celsius, Joules, Watts};
 
 /// What the governor lets the runs do until its next word.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,6 +57,10 @@ pub struct View {
     pub zones: Vec<(String, Option<Celsius>)>,
     /// Every rail, and its power where it could be read.
     pub rails: Vec<(String, Option<Watts>)>,
+    /// Energy that runs took this night, as the quota counts it; absent on a machine without a meter.
+    pub night: Option<Joules>,
+    /// The quota of a night.
+    pub quota: Option<Joules>,
     /// What a person should know.
     pub notes: Vec<String>,
 }
@@ -74,6 +78,8 @@ impl Default for View {
             power: None,
             zones: Vec::new(),
             rails: Vec::new(),
+            night: None,
+            quota: None,
             notes: Vec::new(),
         }
     }

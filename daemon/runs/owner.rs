@@ -767,6 +767,7 @@ impl Owner {
                 }
             }
             Report::Step(step) => {
+                self.options.governor.trained(step.tokens);
                 figures.step = step.step;
                 figures.epoch = step.epoch;
                 figures.loss = Some(step.loss).filter(|loss| loss.is_finite());
@@ -1222,7 +1223,7 @@ impl Owner {
         };
         let running = active.as_ref().and_then(|id| self.runs.get(id));
         let running = running.is_some_and(|run| run.record.condition.state == State::Running);
-        self.options.governor.tell(running);
+        self.options.governor.computes(active.as_ref().filter(|_| running));
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };

@@ -1,31 +1,39 @@
 //! The governor's thread: reads the sensors, decides, and tells the owner of the runs and the bus.
 //!
 //! ```text
-//!   every [board] interval:  Sensors::read ──► control::step ──► Ruling ──► owner of the runs (hold, duty)
-//!                                  │                └──────────► View ────► bus, status line
-//!                                  ▼
-//!                            milliseconds on a bus of the board: a thread of its own, never the daemon's
+//!   every [board] interval:  Sensors::read ─┬─► control::step ─────┐
+//!     (milliseconds on a bus of the board:  ├─► Holds::step ───────┼─► Ruling ──► owner of the runs (hold, duty)
+//!      a thread of its own, not the         └─► Meter, Ledger, ────┘─► View ────► bus, status line
+//!      daemon's)                                quota
 //! ```
 //!
 //! The owner takes silence for a hold ([`door`]).
 
 use crate::clock::Clock;
-use crate::config::daemon::DaemonConfig;
+use crate::config::daemon::{DaemonConfig, WorkerConfig};
 use crate::governor::control::{self, Decision, Level, State};
-use crate::governor::door::{self, Door};
+use crate::governor::door::{self, Activity, Door};
+use crate::governor::energy::{self, Energy, Ledger, Meter, night_of};
 use crate::governor::readings::Readings;
 use crate::governor::sensors::Sensors;
 use crate::governor::{Ruling, View};
 use crate::reason::Reason;
+use crate::scheduler::conditions::{Holds, Own, Schedule};
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 /// A run that begins after the machine was idle for this long is begun cautiously: the temperatures of an idle machine
 /// say nothing about what it does under load.
 const IDLE: Duration = Duration::from_secs(30);
+
+/// Wall-clock time beyond the monotonic one that is taken for a suspend.
+const SLEPT: Duration = Duration::from_secs(5);
 
 /// Smallest duty that a permit carries.
 const SMALLEST_DUTY: f64 = 0.01;
@@ -42,25 +50,44 @@ pub struct Governing {
 impl Governing {
     /// Reads the sensors below `root` once, decides, and starts the thread.
     pub fn start(config: &DaemonConfig, root: PathBuf, clock: Arc<dyn Clock>) -> io::Result<Governing> {
+        let ledger =
+            Ledger::open(&config.storage.state_directory.join("energy.jsonl")).map_err(io::Error::other)?;
+        if ledger.damaged() > 0 {
+            tracing::warn!(
+                "{} lines of energy.jsonl could not be read: their energy is missing",
+                ledger.damaged()
+            );
+        }
         let shared = Arc::new(Mutex::new(config.clone()));
         let mut rounds = Rounds {
             sensors: Sensors::open(&root, &config.board, clock.clone()),
             config: shared.clone(),
             clock: clock.clone(),
             state: State::default(),
+            holds: Holds::default(),
+            meter: Meter::default(),
+            ledger,
+            booked: (Energy::default(), 0),
             idle_since: Some(Duration::ZERO),
+            last: None,
         };
-        let (ruling, view) = rounds.round(false);
+        let (ruling, view) = rounds.round(&Activity::default());
         for note in &view.notes {
             tracing::warn!("governor: {note}");
         }
         let (bench, door) = door::pair(ruling, clock.monotonic());
         let (set_view, view) = watch::channel(Arc::new(view));
         std::thread::Builder::new().name("governor".into()).spawn(move || {
-            while !bench.is_closed() {
+            loop {
+                if bench.is_closed() {
+                    if let Err(error) = rounds.ledger.sync() {
+                        tracing::warn!("{error}");
+                    }
+                    return;
+                }
                 let interval = lock(&rounds.config).board.interval;
                 rounds.clock.sleep(interval);
-                let (ruling, view) = rounds.round(bench.computing());
+                let (ruling, view) = rounds.round(&bench.activity());
                 bench.rule(ruling, rounds.clock.monotonic());
                 tell(&set_view, &view);
                 set_view.send_replace(Arc::new(view));
@@ -98,21 +125,92 @@ struct Rounds {
     config: Arc<Mutex<DaemonConfig>>,
     clock: Arc<dyn Clock>,
     state: State,
+    holds: Holds,
+    meter: Meter,
+    ledger: Ledger,
+    /// What the ledger knows of the meter's total, and of the tokens.
+    booked: (Energy, u64),
     /// Since when no worker has computed.
     idle_since: Option<Duration>,
+    /// The last round, on both clocks.
+    last: Option<(Duration, SystemTime)>,
 }
 
 impl Rounds {
-    fn round(&mut self, computing: bool) -> (Ruling, View) {
+    fn round(&mut self, activity: &Activity) -> (Ruling, View) {
         let readings = self.sensors.read();
-        let now = self.clock.monotonic();
+        let (now, wall) = (self.clock.monotonic(), self.clock.wall());
+        let computing = activity.run.is_some();
+        if self.has_slept(now, wall) {
+            self.state = State::default();
+        }
         self.begin_cautiously(computing, now);
-        let budget = lock(&self.config).budget.clone();
+        let config = lock(&self.config).clone();
+        let mut budget = config.budget;
+        let schedule = Schedule::new(&config.window);
+        let local = Timestamp::try_from(wall).unwrap_or(Timestamp::UNIX_EPOCH);
+        let local = local.to_zoned_datetime(TimeZone::system());
+        budget.fan = schedule.as_ref().ok().and_then(|schedule| schedule.fan_ceiling(&local));
+
         let (state, decision) = control::step(&self.state, &readings, &budget, now);
         self.state = state;
-        let ruling = ruling(&decision);
-        let view = view(self.sensors.board().name, &readings, &decision);
+        let own =
+            Own { gpu: 0.0, load: if computing { self.share(&config.worker) * decision.duty } else { 0.0 } };
+        let outside = match &schedule {
+            Ok(schedule) => {
+                let (holds, hold) =
+                    self.holds.step(&config.conditions, schedule, &readings, own, &local, now);
+                self.holds = holds;
+                hold
+            }
+            // The configuration was checked when it was read; what cannot be kept to must not be passed over.
+            Err(_) => Some(Reason::OutsideWindow),
+        };
+        self.book(&readings, activity, night_of(&local), now);
+        let night = self.ledger.night(night_of(&local)).energy;
+        let run = activity.run.as_ref().map(|run| self.ledger.run(run).energy).unwrap_or_default();
+        let spent = energy::quota(&budget, &night, &run, &self.meter, now);
+
+        let mut ruling = ruling(&decision);
+        // What lasts longest is said first.
+        ruling.hold = outside.or(spent).or(ruling.hold);
+        let mut view = view(self.sensors.board().name, &readings, &decision);
+        if ruling.hold.is_some() {
+            (view.duty, view.reason) = (0.0, ruling.hold);
+        }
+        view.night = readings.power.is_some().then(|| night.counted(budget.energy_gross));
+        view.quota = budget.energy_per_night;
+        if readings.power.is_none() && (budget.energy_per_night.or(budget.energy_per_run)).is_some() {
+            view.notes.push("this machine has no power meter: no quota of energy is kept".into());
+        }
         (ruling, view)
+    }
+
+    /// Books what was spent since the last round.
+    fn book(&mut self, readings: &Readings, activity: &Activity, night: Date, now: Duration) {
+        self.meter.step(readings, activity.run.is_some());
+        let (energy, tokens) = (self.meter.total_at(now), activity.tokens);
+        let (energy_before, tokens_before) = std::mem::replace(&mut self.booked, (energy, tokens));
+        self.ledger.add(night, activity.run.as_ref(), energy - energy_before, tokens - tokens_before);
+        if let Err(error) = self.ledger.flush(now) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Share of the machine's cores on which a worker computes.
+    fn share(&self, worker: &WorkerConfig) -> f64 {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        worker.threads.map_or(1.0, |threads| (threads as f64 / cores as f64).min(1.0))
+    }
+
+    /// Whether the machine was suspended since the last round: the wall clock has gone further than the monotonic one.
+    /// A clock that was set forward looks the same, and costs a cautious beginning.
+    fn has_slept(&mut self, now: Duration, wall: SystemTime) -> bool {
+        let last = self.last.replace((now, wall));
+        last.is_some_and(|(then, before)| {
+            let passed = wall.duration_since(before).unwrap_or_default();
+            passed.saturating_sub(now.saturating_sub(then)) > SLEPT
+        })
     }
 
     /// Forgets what an idle machine seemed to bear, unless something is wrong with it.
@@ -151,6 +249,8 @@ fn view(board: &str, readings: &Readings, decision: &Decision) -> View {
         power: readings.power.and_then(|power| power.value()),
         zones: readings.zones.iter().map(|zone| (zone.name.clone(), zone.temperature.value())).collect(),
         rails: readings.rails.iter().map(|rail| (rail.name.clone(), rail.power.value())).collect(),
+        night: None,
+        quota: None,
         notes: decision.notes.iter().map(ToString::to_string).collect(),
     }
 }

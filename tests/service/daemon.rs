@@ -30,6 +30,8 @@ pub enum Transport {
 pub struct Daemon {
     home: tempfile::TempDir,
     transport: Transport,
+    /// Where it looks for sensors, if not at the machine's own.
+    sysfs_root: Option<PathBuf>,
     process: Option<Child>,
 }
 
@@ -39,16 +41,28 @@ impl Daemon {
         Daemon::start_on(Transport::Peer, config)
     }
 
+    /// Starts one on a socket, whose sensors are below `root`.
+    pub fn governed(root: &Path, config: &str) -> Daemon {
+        Daemon::launch(Transport::Peer, Some(root.to_path_buf()), config)
+    }
+
     /// Starts one with this transport.
     pub fn start_on(transport: Transport, config: &str) -> Daemon {
-        let home = tempfile::tempdir().unwrap();
-        let method =
-            if matches!(transport, Transport::Peer) { "[authorization]\nmethod = \"owner\"\n" } else { "" };
-        let text = format!("{method}{config}\n");
-        std::fs::write(home.path().join("finetuned.toml"), text).unwrap();
-        let mut daemon = Daemon { home, transport, process: None };
+        Daemon::launch(transport, None, config)
+    }
+
+    fn launch(transport: Transport, sysfs_root: Option<PathBuf>, config: &str) -> Daemon {
+        let mut daemon = Daemon { home: tempfile::tempdir().unwrap(), transport, sysfs_root, process: None };
+        daemon.configure(config);
         daemon.start();
         daemon
+    }
+
+    /// Writes its configuration. A daemon that runs reads it when it is told to.
+    pub fn configure(&self, config: &str) {
+        let peer = matches!(self.transport, Transport::Peer);
+        let method = if peer { "[authorization]\nmethod = \"owner\"\n" } else { "" };
+        std::fs::write(self.path("finetuned.toml"), format!("{method}{config}\n")).unwrap();
     }
 
     /// Starts the process (again), and waits until it answers.
@@ -71,6 +85,9 @@ impl Daemon {
             Transport::Peer => command.arg("--peer").arg(self.address()),
             Transport::Bus(address) => command.env("DBUS_SYSTEM_BUS_ADDRESS", address),
         };
+        if let Some(root) = &self.sysfs_root {
+            command.arg("--sysfs-root").arg(root);
+        }
         self.process = Some(command.spawn().unwrap());
         block_on(async {
             let began = Instant::now();
