@@ -168,3 +168,37 @@ fn page(
     ];
     format!("finetuned {}\n{}", text("Version"), text::fields(&rows))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zbus::{OwnedVariant, Variant};
+
+    #[test]
+    fn the_governor_in_a_line() {
+        let properties = |list: &[(&str, Variant<'static>)]| -> Dictionary {
+            let own = |value: &Variant<'static>| OwnedVariant::try_from(value.try_clone().unwrap()).unwrap();
+            list.iter().map(|(name, value)| (name.to_string(), own(value))).collect()
+        };
+        let warm = properties(&[
+            ("Duty", 0.62.into()),
+            ("Reason", "thermal".into()),
+            ("Temperature", 84.6.into()),
+            ("TemperatureLimit", 85.0.into()),
+            ("Power", 31.24.into()),
+            ("Mode", "MODE_30W".into()),
+        ]);
+        assert_eq!(governor_line(&warm), "62 % of the time (thermal), 84.6 °C of 85.0 °C, 31.2 W, MODE_30W");
+        assert_eq!(governor_json(&warm)["power_w"], 31.24);
+        let blind = properties(&[
+            ("Duty", 0.0.into()),
+            ("Reason", "outside-window".into()),
+            ("Temperature", f64::NAN.into()),
+            ("Power", f64::NAN.into()),
+            ("Mode", "".into()),
+        ]);
+        let line = governor_line(&blind);
+        assert_eq!(line, "nothing computes (outside-window), blind to heat: there is no thermal zone");
+        assert_eq!(governor_json(&blind)["temperature"], Value::Null);
+    }
+}

@@ -165,11 +165,11 @@ async fn status() {
         clean(bench.run(&["status"]).await),
         "\
 ● finetuned 0.1.0
-    State: active
-   Device: CPU (2 threads)
-      Run: night (3f2a91c04d7e)
-           running  38 %  46/120  loss 1.2345  eval 1.3010  312 tok/s  2 min 10 s left
-    Queue: 1 run
+   State: active
+  Device: CPU (2 threads)
+     Run: night (3f2a91c04d7e)
+          running  38 %  46/120  loss 1.2345  eval 1.3010  312 tok/s  2 min 10 s left
+   Queue: 1 run
 "
     );
     {
