@@ -18,13 +18,13 @@
 //!
 //! **Soft.** Every limit (a zone's temperature, power, the fan in quiet hours) is a proportional-integral loop in its
 //! incremental form: it changes its own share from the change of what it holds and from the distance to the set-point.
-//! The smallest share is decided, and no loop's share may lie more than [`HEADROOM`] above it: nothing winds up, and a loop
+//! The smallest share is decided, and no loop's share may lie more than `HEADROOM` above it: nothing winds up, and a loop
 //! takes over within moments; the headroom keeps the noise of the others out of the one that decides. Far below the
 //! set-point a loop lets the temperature approach it as `distance / APPROACH`, so that the duty goes back before the
 //! set-point is reached, not behind it.
 //!
 //! **Gain.** Chips answer to load by 5 to 50 °C within seconds, on sinks that follow within half a minute or ten. Boot
-//! begins with a step of the duty and measures what it does in [`ANSWER_AFTER`]; the gain follows from that.
+//! begins with a step of the duty and measures what it does in `ANSWER_AFTER`; the gain follows from that.
 //!
 //! **Hard.** Each hold within an hour rests longer than the one before (30 s, 2 min, 8 min, 15 min): a limit that cannot
 //! be held makes few slow swings of temperature, not many.

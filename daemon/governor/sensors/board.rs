@@ -19,7 +19,7 @@ pub struct BoardTable {
     pub modules: &'static [&'static str],
     /// Zones by the beginning of their type.
     pub zones: &'static [ZoneRule],
-    /// Labels of the rails that are counted, all of which must be there; empty: see [`super::rails`].
+    /// Labels of the rails that are counted, all of which must be there; empty: see `rails`.
     pub rails: &'static [&'static str],
 }
 
