@@ -23,6 +23,7 @@ use crate::checkpoint::{LockError, OutputLock};
 use crate::clock::SystemClock;
 use crate::config::daemon::{DaemonConfig, Launch, WorkerConfig};
 use crate::config::{ConfigError, Mode};
+use crate::governor::View;
 use crate::reason::Reason;
 use crate::runs::{self, Change, Runs};
 use crate::worker::launch::{ChildLauncher, Launcher, SocketLauncher};
@@ -38,6 +39,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use transitions::Transitions;
 
@@ -229,7 +231,7 @@ async fn serve(
         }
     };
     let watchdog = sd_notify::watchdog_enabled().map(|period| (period / 2, Watchdog::new(heartbeat)));
-    let mut follower = Follower::new(&runs, watchdog);
+    let mut follower = Follower::new(&runs, governing.view.clone(), watchdog);
     notifier.ready();
     notifier.status(follower.status(&runs));
     tracing::info!(
@@ -332,6 +334,7 @@ impl Signals {
 /// What goes on beside the requests: the log of what happens to the runs, the status line, the watchdog.
 struct Follower {
     changes: broadcast::Receiver<Change>,
+    governor: watch::Receiver<Arc<View>>,
     transitions: Transitions,
     /// Something has changed since the status line was written.
     stale: bool,
@@ -341,7 +344,11 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(runs: &Runs, watchdog: Option<(Duration, Watchdog)>) -> Follower {
+    fn new(
+        runs: &Runs,
+        governor: watch::Receiver<Arc<View>>,
+        watchdog: Option<(Duration, Watchdog)>,
+    ) -> Follower {
         let every = |period: Duration| {
             let mut ticks = tokio::time::interval_at(Instant::now() + period, period);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -349,6 +356,7 @@ impl Follower {
         };
         Follower {
             changes: runs.changes(),
+            governor,
             transitions: Transitions::new(runs),
             stale: false,
             status: every(STATUS_EVERY),
@@ -361,7 +369,8 @@ impl Follower {
     fn status(&self, runs: &Runs) -> String {
         let status = runs.status();
         let active = status.active.as_ref().and_then(|id| runs.view(id).ok());
-        status_text(&status, active.as_ref())
+        let temperature = self.governor.borrow().temperature.map(|(now, _)| now);
+        status_text(&status, active.as_ref(), temperature)
     }
 
     /// Waits for the next thing to do and does it. May be dropped while it waits.

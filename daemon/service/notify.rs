@@ -10,6 +10,7 @@
 //! hangs is to be restarted, too. Without `NOTIFY_SOCKET` all of it does nothing.
 
 use crate::runs::{RunView, Status};
+use crate::units::Celsius;
 use sd_notify::NotifyState;
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -122,8 +123,8 @@ impl Watchdog {
     }
 }
 
-/// What the daemon does, in one line: `run 7f3a step 120/400 loss 1.83`.
-pub fn status_text(status: &Status, active: Option<&RunView>) -> String {
+/// What the daemon does, in one line: `run 7f3a step 120/400 loss 1.83, 71.0 °C`.
+pub fn status_text(status: &Status, active: Option<&RunView>, temperature: Option<Celsius>) -> String {
     let Some(run) = active else {
         return match (status.unfinished, status.reason) {
             (0, _) => status.state.to_string(),
@@ -145,6 +146,9 @@ pub fn status_text(status: &Status, active: Option<&RunView>) -> String {
     }
     if let Some(loss) = run.loss {
         let _ = write!(text, " loss {loss:.2}");
+    }
+    if let Some(temperature) = temperature {
+        let _ = write!(text, ", {temperature}");
     }
     text
 }
@@ -189,14 +193,19 @@ pub(super) mod tests {
     #[test]
     fn the_status_is_one_short_line() {
         let active = status("active", None, 1);
-        assert_eq!(status_text(&active, Some(&running())), "run 7f3a step 120/400 loss 1.83");
+        assert_eq!(status_text(&active, Some(&running()), None), "run 7f3a step 120/400 loss 1.83");
+        let warm = status_text(&active, Some(&running()), Some(Celsius(71.04)));
+        assert_eq!(warm, "run 7f3a step 120/400 loss 1.83, 71.0 °C");
         let preparing = RunView { state: State::Preparing, total_steps: 0, loss: None, ..running() };
-        assert_eq!(status_text(&active, Some(&preparing)), "run 7f3a preparing");
+        assert_eq!(status_text(&active, Some(&preparing), None), "run 7f3a preparing");
         let saving = RunView { state: State::Saving, reason: Some(Reason::User), ..running() };
-        assert_eq!(status_text(&active, Some(&saving)), "run 7f3a saving (user) step 120/400 loss 1.83");
-        assert_eq!(status_text(&status("idle", None, 0), None), "idle");
+        assert_eq!(
+            status_text(&active, Some(&saving), None),
+            "run 7f3a saving (user) step 120/400 loss 1.83"
+        );
+        assert_eq!(status_text(&status("idle", None, 0), None, None), "idle");
         let held = status("waiting", Some(Reason::Inhibited), 3);
-        assert_eq!(status_text(&held, None), "waiting: inhibited; 3 unfinished");
+        assert_eq!(status_text(&held, None, None), "waiting: inhibited; 3 unfinished");
     }
 
     fn listener(name: &str) -> (UnixDatagram, OsString, tempfile::TempDir) {

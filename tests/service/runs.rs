@@ -44,8 +44,20 @@ fn a_run_over_the_bus_leaves_the_bits_of_finetuned_run() {
 }
 
 #[test]
-fn paused_resumed_evaluated_and_checkpointed_it_leaves_the_same_bits() {
-    let daemon = Daemon::peer("");
+fn paused_resumed_evaluated_and_checkpointed_over_a_socket_it_leaves_the_same_bits() {
+    interrupted(&Daemon::peer(""));
+}
+
+#[test]
+fn paused_resumed_evaluated_and_checkpointed_over_the_bus_it_leaves_the_same_bits() {
+    let Some(bus) = Bus::start("") else { return };
+    interrupted(&Daemon::start_on(
+        Transport::Bus(bus.address.clone()),
+        "[authorization]\nmethod = \"owner\"",
+    ));
+}
+
+fn interrupted(daemon: &Daemon) {
     block_on(async {
         let manager = daemon.manager().await;
         let plain = submit(&manager, shared(), LONG, HashMap::new()).await.unwrap();
