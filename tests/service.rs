@@ -6,6 +6,8 @@ mod daemon;
 #[path = "exactness/fixture.rs"]
 #[allow(dead_code, reason = "the fixture of the exactness tests, of which these use a part")]
 mod fixture;
+#[path = "service/full_disk.rs"]
+mod full_disk;
 #[path = "service/governed.rs"]
 mod governed;
 #[path = "service/kills.rs"]
