@@ -442,7 +442,6 @@ impl Owner {
         match admitted {
             Ok(()) => {
                 let id = record.id.clone();
-                tracing::info!(RUN_ID = %id, name = record.name, owner = record.owner, "submitted");
                 self.handle.board().runs.insert(id.clone(), record.view(0));
                 self.runs.insert(id.clone(), Run::new(record));
                 self.tell(Change::Added(id.clone()));
