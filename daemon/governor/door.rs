@@ -23,6 +23,12 @@ pub struct Activity {
     pub tokens: u64,
 }
 
+impl Activity {
+    fn add(&mut self, tokens: u64) {
+        self.tokens = self.tokens.saturating_add(tokens);
+    }
+}
+
 /// The owner's side.
 #[derive(Clone, Debug)]
 pub struct Door {
@@ -53,7 +59,11 @@ impl Bench {
     /// A round is over, with this result.
     pub fn rule(&self, ruling: Ruling, now: Duration) {
         self.last.store(now.as_millis() as u64, Ordering::Relaxed);
-        self.ruling.send_if_modified(|before| std::mem::replace(before, ruling) != ruling);
+        self.ruling.send_if_modified(|before| {
+            let changed = *before != ruling;
+            *before = ruling;
+            changed
+        });
     }
 
     /// What the runs do.
@@ -73,9 +83,9 @@ impl Door {
         let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
         let gone = self.ruling.has_changed().is_err();
         if gone || now.saturating_sub(last) > STALLED {
-            return Ruling { hold: Some(Reason::SensorLost), duty: 1.0, release: false };
+            return Ruling { hold: Some(Reason::SensorLost), ..Ruling::FREE };
         }
-        *self.ruling.borrow()
+        self.ruling.borrow().clone()
     }
 
     /// Returns when there is another ruling; never, when there will be none.
@@ -95,7 +105,7 @@ impl Door {
 
     /// Tells the governor of tokens that were trained on.
     pub fn trained(&self, tokens: u64) {
-        self.activity.lock().unwrap_or_else(PoisonError::into_inner).tokens += tokens;
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner).add(tokens);
     }
 }
 
@@ -110,7 +120,7 @@ mod tests {
         assert_eq!(door.ruling(at(105)), Ruling::FREE);
         assert_eq!(door.ruling(at(111)).hold, Some(Reason::SensorLost), "no round for 11 s");
         let slow = Ruling { duty: 0.5, ..Ruling::FREE };
-        bench.rule(slow, at(112));
+        bench.rule(slow.clone(), at(112));
         assert_eq!(door.ruling(at(113)), slow);
         let run = RunId::from_bits([1; 6]);
         door.computes(Some(&run));

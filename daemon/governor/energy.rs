@@ -286,7 +286,15 @@ impl Ledger {
                 _ => damaged += 1,
             }
         }
-        let file = rewrite(path, &entries).map_err(fail("write"))?;
+        // Without room it goes on behind what is there: a full disk must not keep the daemon from starting.
+        let (file, torn) = match rewrite(path, &entries) {
+            Ok(file) => (file, false),
+            Err(error) => {
+                tracing::warn!(%error, "the energy ledger was not written anew");
+                let opened = File::options().append(true).create(true).open(path);
+                (opened.map_err(fail("open"))?, true)
+            }
+        };
         let length = file.metadata().map_err(fail("read"))?.len();
         Ok(Ledger {
             path: path.to_path_buf(),
@@ -295,7 +303,7 @@ impl Ledger {
             entries,
             changed: BTreeSet::new(),
             synced: None,
-            torn: false,
+            torn,
             damaged,
         })
     }

@@ -16,10 +16,10 @@ pub mod readings;
 pub mod sensors;
 
 use crate::reason::Reason;
-use crate::units::{Celsius, Joules, Watts};
+use crate::units::{Celsius, Joules, RunId, Watts};
 
 /// What the governor lets the runs do until its next word.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ruling {
     /// Why nothing may compute; absent when it may.
     pub hold: Option<Reason>,
@@ -27,11 +27,13 @@ pub struct Ruling {
     pub duty: f64,
     /// A held run gives its memory back at once.
     pub release: bool,
+    /// This run has used up its own energy: it is paused, which lets others go on.
+    pub spent: Option<RunId>,
 }
 
 impl Ruling {
     /// Nothing is in the way.
-    pub const FREE: Ruling = Ruling { hold: None, duty: 1.0, release: false };
+    pub const FREE: Ruling = Ruling { hold: None, duty: 1.0, release: false, spent: None };
 }
 
 /// What the governor sees and decides, for people and the bus.

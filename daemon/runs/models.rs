@@ -49,6 +49,11 @@ impl Models {
         Ok(Models { own, others })
     }
 
+    /// The same own directory with other further ones. Copies in progress are left alone.
+    pub fn with(&self, others: Vec<PathBuf>) -> Models {
+        Models { own: self.own.clone(), others }
+    }
+
     /// All models, by name. What looks like one and cannot be read is left out, with a warning in the log.
     pub fn list(&self) -> Vec<ModelView> {
         let mut found = BTreeMap::new();

@@ -44,6 +44,20 @@ use tokio::time::{Instant, MissedTickBehavior};
 /// How often figures are written to disk while a run trains.
 const FIGURES: Duration = Duration::from_secs(10);
 
+/// Submissions that are copied at once, of one user and in all: each has a thread, which a file system that does not
+/// answer keeps.
+const COPIES_PER_USER: usize = 8;
+const COPIES: usize = 64;
+
+/// Runs of one user that are kept, those that are over counted.
+const KEPT_PER_USER: usize = 10_000;
+
+/// Checkpoints and evaluations that wait for a worker.
+const REQUESTS: usize = 8;
+
+/// A run that prepares has this long when something holds: it computes without a permit, and has nothing to save.
+const PREPARING_GRACE: Duration = Duration::from_secs(2);
+
 /// Longest wait after a full disk: space comes back without notice.
 const STORAGE_BACKOFF: Duration = Duration::from_secs(30);
 
@@ -82,8 +96,8 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
     let now_us = wall_us(&*options.clock);
     for directory in directories(&layout)? {
         match recover(&directory, now_us) {
-            Ok(record) => {
-                runs.insert(record.id.clone(), Run::new(record));
+            Ok((record, unsaved)) => {
+                runs.insert(record.id.clone(), Run { unsaved, ..Run::new(record) });
             }
             Err(error) => {
                 tracing::error!(error = %error, directory = %directory.display(), "this run is left alone: it cannot be read");
@@ -113,6 +127,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         next_holder: 0,
         next_request: 0,
         submitted,
+        arriving: BTreeMap::new(),
         stopping: None,
         handle: handle.clone(),
         events,
@@ -141,10 +156,11 @@ fn directories(layout: &Layout) -> Result<Vec<PathBuf>, FileError> {
     Ok(found)
 }
 
-/// A run as this daemon finds it: legal, durable, and without a worker.
-fn recover(directory: &Path, now_us: u64) -> anyhow::Result<Record> {
+/// A run as this daemon finds it: legal, without a worker, and durable; or still to be made so (true), where the disk
+/// does not take it now.
+fn recover(directory: &Path, now_us: u64) -> anyhow::Result<(Record, bool)> {
     let mut record = Record::read(directory)?;
-    record.mend(directory)?;
+    let mut written = record.mend(directory);
     let condition = record.condition.after(Event::Restart)?;
     if condition != record.condition {
         record.condition = condition;
@@ -153,9 +169,12 @@ fn recover(directory: &Path, now_us: u64) -> anyhow::Result<Record> {
         if condition.state.is_over() {
             record.finished_us = now_us;
         }
-        record.commit(directory)?;
+        written = written.and_then(|()| record.commit(directory));
     }
-    Ok(record)
+    if let Err(error) = &written {
+        tracing::warn!(RUN_ID = %record.id, "{error}; it is tried again");
+    }
+    Ok((record, written.is_err()))
 }
 
 /// A run, and what of it is not on disk.
@@ -167,6 +186,8 @@ struct Run {
     saved_at: Instant,
     /// No attempt before.
     not_before: Option<Instant>,
+    /// How often in a row the disk refused its worker.
+    refusals: u32,
     /// When the last step was seen, and how many there were.
     last_step: Option<(Instant, u64)>,
     memory: u64,
@@ -174,7 +195,15 @@ struct Run {
 
 impl Run {
     fn new(record: Record) -> Run {
-        Run { record, unsaved: false, saved_at: Instant::now(), not_before: None, last_step: None, memory: 0 }
+        Run {
+            record,
+            unsaved: false,
+            saved_at: Instant::now(),
+            not_before: None,
+            refusals: 0,
+            last_step: None,
+            memory: 0,
+        }
     }
 
     fn ready(&self, now: Instant) -> bool {
@@ -232,6 +261,8 @@ struct Owner {
     next_holder: u64,
     next_request: u64,
     submitted: u64,
+    /// Submissions that are being copied, with their users.
+    arriving: BTreeMap<RunId, u32>,
     stopping: Option<(Reason, Vec<oneshot::Sender<()>>)>,
     handle: Runs,
     events: mpsc::Sender<Message>,
@@ -327,7 +358,7 @@ impl Owner {
                 None => self.change_models(reply, move |models, _| models.remove(&name)),
             },
             Command::Configure(config, reply) => {
-                let _ = reply.send(self.configure(*config));
+                let _ = reply.send(self.configure(*config).await);
             }
             Command::Shutdown(reason, done) => self.shutdown(reason, done).await,
         }
@@ -343,6 +374,12 @@ impl Owner {
         let refused = Refusal::NotActive(state);
         match &mut self.active {
             Some(active) if active.id == *id && matches!(state, State::Running | State::Waiting) => {
+                let waiting = active.checkpoints.len() + active.evaluations.len();
+                if waiting >= REQUESTS {
+                    return Err(RequestError::Limit(format!(
+                        "{waiting} checkpoints and evaluations of run {id} wait already"
+                    )));
+                }
                 Ok(active)
             }
             _ => Err(refused.into()),
@@ -375,6 +412,7 @@ impl Owner {
         let (store, models) = (self.layout.inputs(), self.models.clone());
         let limits = self.options.config.limits.clone();
         let events = self.events.clone();
+        self.arriving.insert(id.clone(), submission.owner);
         tokio::task::spawn_blocking(move || {
             let taken = take(&submission, &incoming, &place, &store, &models, &limits);
             let arrival = Arrival { record, incoming, taken, reply };
@@ -386,16 +424,31 @@ impl Owner {
         if self.stopping.is_some() {
             return Err(RequestError::ShuttingDown);
         }
+        let copying = self.arriving.values().filter(|user| **user == submission.owner).count();
+        if copying >= COPIES_PER_USER || self.arriving.len() >= COPIES {
+            return Err(RequestError::Limit(format!(
+                "{copying} submissions of user {}, {} of all, are being copied: wait for one of them",
+                submission.owner,
+                self.arriving.len()
+            )));
+        }
+        let kept = self.runs.values().filter(|run| run.record.owner == submission.owner).count() + copying;
+        if kept >= KEPT_PER_USER {
+            return Err(RequestError::Limit(format!(
+                "user {} has {kept} runs, those that are over counted: remove some first",
+                submission.owner
+            )));
+        }
         let limits = &self.options.config.limits;
         let unfinished = || self.runs.values().filter(|run| !run.record.condition.state.is_over());
-        let own = unfinished().filter(|run| run.record.owner == submission.owner).count();
+        let own = unfinished().filter(|run| run.record.owner == submission.owner).count() + copying;
         if own >= limits.runs_per_user as usize {
             return Err(RequestError::Limit(format!(
                 "user {} has {own} unfinished runs, the limit (limits.runs_per_user) is {}",
                 submission.owner, limits.runs_per_user
             )));
         }
-        let all = unfinished().count();
+        let all = unfinished().count() + self.arriving.len();
         if all >= limits.runs as usize {
             return Err(RequestError::Limit(format!(
                 "there are {all} unfinished runs, the limit (limits.runs) is {}",
@@ -427,6 +480,7 @@ impl Owner {
     /// A submission whose files are in place becomes a run.
     async fn arrived(&mut self, arrival: Arrival) {
         let Arrival { mut record, incoming, taken, reply } = arrival;
+        self.arriving.remove(&record.id);
         let place = self.layout.run(&record.id);
         let admitted = match taken {
             Ok(_) if self.stopping.is_some() => Err(RequestError::ShuttingDown),
@@ -496,9 +550,12 @@ impl Owner {
         let (from, to) = (self.layout.run(id), self.layout.trash(id));
         let moved = to.clone();
         on_disk(move || {
-            std::fs::rename(&from, &moved)
-                .and_then(|()| sync_parent(&from))
-                .map_err(|error| FileError::new("remove", &from, error))
+            std::fs::rename(&from, &moved).map_err(|error| FileError::new("remove", &from, error))?;
+            // It is gone for everybody who looks; at worst a power cut brings it back.
+            if let Err(error) = sync_parent(&from) {
+                tracing::warn!(%error, path = %from.display(), "a removal is not durable yet");
+            }
+            Ok(())
         })
         .await?;
         self.runs.remove(id);
@@ -678,11 +735,12 @@ impl Owner {
 
     /// Takes over what can change while runs are there: limits, the worker's figures (for the next attempt), the
     /// directories of models.
-    fn configure(&mut self, config: DaemonConfig) -> Result<(), RequestError> {
-        let others = config.storage.model_directories.clone();
-        let models = Models::open(self.layout.models(), others)?;
-        self.handle.board().models = models.list();
-        self.models = Arc::new(models);
+    async fn configure(&mut self, config: DaemonConfig) -> Result<(), RequestError> {
+        let models = Arc::new(self.models.with(config.storage.model_directories.clone()));
+        let listed = models.clone();
+        let list = on_disk(move || Ok(listed.list())).await?;
+        self.handle.board().models = list;
+        self.models = models;
         let launch = std::mem::replace(&mut self.options.config.worker, config.worker).launch;
         self.options.config.worker.launch = launch;
         self.options.config.limits = config.limits;
@@ -787,6 +845,7 @@ impl Owner {
             }
             Report::Committed { step, within, request } => {
                 figures.checkpoint_step = Some(step);
+                run.refusals = 0;
                 run.record.advance(Position { step, within });
                 if let (Some(active), Some(request)) = (&mut self.active, request)
                     && let Some(reply) = active.checkpoints.remove(&request)
@@ -849,6 +908,7 @@ impl Owner {
                 let storage = reason == Reason::Storage;
                 if storage {
                     run.record.fruitless = run.record.fruitless.saturating_sub(1);
+                    run.refusals = run.refusals.saturating_add(1);
                 }
                 let exhausted = !storage && run.record.fruitless >= attempts;
                 if retry && exhausted {
@@ -876,8 +936,9 @@ impl Owner {
     /// The wait before the next attempt.
     fn backoff(&self, id: &RunId, storage: bool) -> Duration {
         let worker = &self.options.config.worker;
-        let fruitless = self.runs.get(id).map_or(0, |run| run.record.fruitless);
-        let doubled = worker.backoff.saturating_mul(1 << fruitless.saturating_sub(1).min(20));
+        let count = |run: &Run| if storage { run.refusals } else { run.record.fruitless };
+        let failures = self.runs.get(id).map_or(0, count);
+        let doubled = worker.backoff.saturating_mul(1 << failures.saturating_sub(1).min(20));
         let limit = if storage { worker.backoff_limit.min(STORAGE_BACKOFF) } else { worker.backoff_limit };
         doubled.min(limit)
     }
@@ -905,6 +966,7 @@ impl Owner {
             }
             return self.show_status();
         }
+        self.pause_when_spent().await;
         let now = Instant::now();
         let (hold, release) = self.held();
         let active = self.active.as_ref().and_then(|active| {
@@ -968,6 +1030,17 @@ impl Owner {
         self.options.governor.ruling(self.options.clock.monotonic())
     }
 
+    /// A run that has used up its own energy is paused, with that reason, until a person resumes it.
+    async fn pause_when_spent(&mut self) {
+        let Some(spent) = self.ruling().spent else { return };
+        let running = |run: &Run| run.record.condition.state == State::Running;
+        let active = self.active.as_ref().is_some_and(|active| active.id == spent);
+        if active && self.runs.get(&spent).is_some_and(running) {
+            self.happened(&spent, Event::Stop(Then::Pause, Reason::EnergyQuota)).await;
+            self.stop_worker(&spent, Reason::EnergyQuota);
+        }
+    }
+
     /// Why nothing may compute, and whether memory is to be given back at once.
     fn held(&self) -> (Option<Reason>, bool) {
         let ruling = self.ruling();
@@ -988,10 +1061,15 @@ impl Owner {
         active.session.pace(Pace { run: false, duty: 1.0 });
         let since = *active.parked.get_or_insert_with(Instant::now);
         let id = active.id.clone();
-        if release || since.elapsed() >= self.options.config.worker.keep_when_held {
+        let state = self.runs.get(&id).map(|run| run.record.condition.state);
+        let patience = match state {
+            Some(State::Preparing) => PREPARING_GRACE,
+            _ => self.options.config.worker.keep_when_held,
+        };
+        if release || since.elapsed() >= patience {
             return self.give_up_device(reason).await;
         }
-        if self.runs.get(&id).is_some_and(|run| run.record.condition.state == State::Running) {
+        if matches!(state, Some(State::Running | State::Waiting)) {
             self.hold(&id, reason).await;
         }
     }
@@ -1038,7 +1116,15 @@ impl Owner {
         });
         let spec = match read.await {
             Ok(spec) => spec,
-            Err(error) => return self.fail(id, Reason::Storage, error.to_string()).await,
+            Err(error) => {
+                // It may pass: too many open files, a disk that recovers.
+                tracing::warn!(RUN_ID = %id, "{error}");
+                if let Some(run) = self.runs.get_mut(id) {
+                    run.record.message = error.to_string();
+                    run.not_before = Some(Instant::now() + STORAGE_BACKOFF);
+                }
+                return self.hold(id, Reason::Storage).await;
+            }
         };
         let Some(run) = self.runs.get_mut(id) else { return };
         run.record.attempts += 1;
@@ -1220,9 +1306,10 @@ impl Owner {
             None if waiting.is_some() => ("waiting", waiting),
             None => ("idle", None),
         };
-        let running = active.as_ref().and_then(|id| self.runs.get(id));
-        let running = running.is_some_and(|run| run.record.condition.state == State::Running);
-        self.options.governor.computes(active.as_ref().filter(|_| running));
+        // A worker that prepares or saves computes, too; only a parked one does not.
+        let computes = active.as_ref().and_then(|id| self.runs.get(id));
+        let computes = computes.is_some_and(|run| run.record.condition.state != State::Waiting);
+        self.options.governor.computes(active.as_ref().filter(|_| computes));
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };
@@ -1287,7 +1374,11 @@ fn publish(record: &Record, incoming: &Path, place: &Path) -> Result<(), FileErr
     record.commit(incoming)?;
     let fail = |source| FileError::new("publish", place, source);
     std::fs::rename(incoming, place).map_err(fail)?;
-    sync_parent(place).map_err(fail)
+    sync_parent(place).map_err(|error| {
+        // Refused is refused: the next daemon must not find a run there.
+        let _ = std::fs::rename(place, incoming);
+        fail(error)
+    })
 }
 
 fn sync_parent(path: &Path) -> std::io::Result<()> {
@@ -1306,10 +1397,18 @@ async fn on_disk<T: Send + 'static>(
 
 /// Passes on what a session says.
 async fn forward(id: RunId, mut events: mpsc::Receiver<SessionEvent>, inbox: mpsc::Sender<Message>) {
+    let mut ended = false;
     while let Some(event) = events.recv().await {
+        ended |= matches!(event, SessionEvent::Ended(_));
         if inbox.send(Message::Session(id.clone(), event)).await.is_err() {
             return;
         }
+    }
+    if !ended {
+        // A defect of the session's; the run must not hang on it.
+        let message = "the daemon's side of the worker has failed".into();
+        let event = SessionEvent::Ended(Ended::Failed { reason: Reason::Crashed, message, retry: true });
+        let _ = inbox.send(Message::Session(id, event)).await;
     }
 }
 

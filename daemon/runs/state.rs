@@ -265,7 +265,8 @@ impl Condition {
     /// What follows `saving` once the worker is gone; `reason` is that of a wait.
     fn settled(self, reason: Reason) -> Condition {
         match self.then {
-            Some(Then::Pause) => Condition::new(State::Paused, Some(Reason::User)),
+            // By a person, or for the run's own quota.
+            Some(Then::Pause) => Condition::new(State::Paused, Some(self.reason.unwrap_or(Reason::User))),
             Some(Then::Cancel) => Condition::new(State::Cancelled, Some(Reason::User)),
             Some(Then::Requeue | Then::Shutdown) | None => Condition::waiting(reason, false),
         }

@@ -19,12 +19,15 @@ use crate::governor::sensors::Sensors;
 use crate::governor::{Ruling, View};
 use crate::reason::Reason;
 use crate::scheduler::conditions::{Holds, Own, Schedule};
+use crate::units::RunId;
 use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
@@ -34,6 +37,9 @@ const IDLE: Duration = Duration::from_secs(30);
 
 /// Wall-clock time beyond the monotonic one that is taken for a suspend.
 const SLEPT: Duration = Duration::from_secs(5);
+
+/// How often, at 50 ms, the end of the thread is looked for: an interval is at most a second.
+const LAST_ROUNDS: u32 = 40;
 
 /// Smallest duty that a permit carries.
 const SMALLEST_DUTY: f64 = 0.01;
@@ -45,6 +51,8 @@ pub struct Governing {
     /// For the bus and the status line.
     pub view: watch::Receiver<Arc<View>>,
     config: Arc<Mutex<DaemonConfig>>,
+    ending: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
 }
 
 impl Governing {
@@ -77,9 +85,11 @@ impl Governing {
         }
         let (bench, door) = door::pair(ruling, clock.monotonic());
         let (set_view, view) = watch::channel(Arc::new(view));
-        std::thread::Builder::new().name("governor".into()).spawn(move || {
+        let ending = Arc::new(AtomicBool::new(false));
+        let told = ending.clone();
+        let thread = std::thread::Builder::new().name("governor".into()).spawn(move || {
             loop {
-                if bench.is_closed() {
+                if bench.is_closed() || told.load(Ordering::Relaxed) {
                     if let Err(error) = rounds.ledger.sync() {
                         tracing::warn!("{error}");
                     }
@@ -93,7 +103,19 @@ impl Governing {
                 set_view.send_replace(Arc::new(view));
             }
         })?;
-        Ok(Governing { door, view, config: shared })
+        Ok(Governing { door, view, config: shared, ending, thread })
+    }
+
+    /// Ends the thread, with its ledger written. A thread that hangs in a driver is left behind.
+    pub fn end(self) {
+        self.ending.store(true, Ordering::Relaxed);
+        for _ in 0..LAST_ROUNDS {
+            if self.thread.is_finished() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        tracing::warn!("the governor's thread hangs: the last seconds of energy are not on record");
     }
 
     /// Takes over another budget. The board stays what it was at the start.
@@ -168,12 +190,16 @@ impl Rounds {
         };
         self.book(&readings, activity, night_of(&local), now);
         let night = self.ledger.night(night_of(&local)).energy;
-        let run = activity.run.as_ref().map(|run| self.ledger.run(run).energy).unwrap_or_default();
-        let spent = energy::quota(&budget, &night, &run, &self.meter, now);
+        // A run's own quota is no hold: a hold would end with the activity that it ended.
+        let of_run = |run: &RunId| self.ledger.run(run).energy.counted(budget.energy_gross);
+        let spent_run =
+            activity.run.clone().filter(|run| budget.energy_per_run.is_some_and(|most| of_run(run) >= most));
+        let spent = energy::quota(&budget, &night, &Energy::default(), &self.meter, now);
 
         let mut ruling = ruling(&decision);
         // What lasts longest is said first.
         ruling.hold = outside.or(spent).or(ruling.hold);
+        ruling.spent = spent_run;
         let mut view = view(self.sensors.board().name, &readings, &decision);
         if ruling.hold.is_some() {
             (view.duty, view.reason) = (0.0, ruling.hold);
@@ -234,6 +260,7 @@ fn ruling(decision: &Decision) -> Ruling {
         hold: parked.then(|| decision.reason.unwrap_or(Reason::Thermal)),
         duty: decision.duty.clamp(SMALLEST_DUTY, 1.0),
         release: decision.release,
+        spent: None,
     }
 }
 

@@ -271,6 +271,7 @@ async fn serve(
     } else {
         tracing::warn!("told to end a second time: the work since the last checkpoint is lost");
     }
+    governing.end();
     lost.map_or(Ok(()), |error| Err(error.into()))
 }
 

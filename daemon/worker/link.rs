@@ -332,7 +332,9 @@ impl Gate for PermitGate<'_> {
     }
 
     fn request(&mut self) -> Option<gate::Request> {
-        lock(&self.link.asked).requests.pop_front()
+        let mut asked = lock(&self.link.asked);
+        // A stop goes before everything; the daemon answers what is left.
+        if asked.stop.is_some() { None } else { asked.requests.pop_front() }
     }
 }
 
