@@ -322,8 +322,10 @@ struct Heat {
 
 /// One round: what is known after it, and what is decided.
 pub fn step(state: &State, readings: &Readings, budget: &Budget, now: Duration) -> (State, Decision) {
-    let mut next = state.clone();
-    // A round that comes late must not make a leap; a clock that stands, or goes back, makes none.
+    // A monotonic clock does not go back. If one did, "silent since" would lie in the future: nothing is known then.
+    let back = state.at.is_some_and(|at| now < at);
+    let mut next = if back { State::default() } else { state.clone() };
+    // A round that comes late must not make a leap; a clock that stands makes none.
     let dt = state.at.map_or(0.5, |at| now.saturating_sub(at).as_secs_f64()).min(2.0);
     next.at = Some(now);
     let decision = next.decide(readings, &sane(budget), dt, now);
