@@ -115,12 +115,20 @@ pub(super) async fn publish(
         };
         match timeout(pace.send, publisher.follow(next)).await {
             Ok(Ok(())) => {}
+            Ok(Err(Error::ZBus(error))) if is_hang_up(&error) => return Ended::Closed,
             Ok(Err(Error::ZBus(error))) => return Ended::Failed(error),
             // The run was removed in the meantime, which the next change says.
             Ok(Err(_)) => {}
             Err(_) => return Ended::Slow,
         }
     }
+}
+
+/// Whether the other side went away while something was on its way to it, which is how every short-lived client ends.
+fn is_hang_up(error: &zbus::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error, zbus::Error::InputOutput(error)
+        if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected))
 }
 
 async fn at_time(moment: Option<Instant>) {
