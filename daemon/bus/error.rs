@@ -37,6 +37,8 @@ pub enum Error {
     NotActive(String),
     /// The run has not ended.
     NotOver(String),
+    /// The device did not become free in time.
+    Busy(String),
     /// Something else went wrong.
     Failed(String),
     /// The daemon is going down.
@@ -67,6 +69,7 @@ impl From<RequestError> for Error {
             },
             RequestError::Limit(_) => Error::LimitExceeded(text),
             RequestError::Storage(_) => Error::NoSpace(text),
+            RequestError::Busy(_) => Error::Busy(text),
             RequestError::Failed(_) => Error::Failed(text),
             RequestError::ShuttingDown => Error::ShuttingDown(text),
         }

@@ -25,8 +25,8 @@ pub struct Governor {
 )]
 impl Governor {
     /// Gives the device to the caller: the trainer parks before its next micro-step, and goes on when every copy of the
-    /// returned descriptor is closed. `who` and `why` are for people. Options: `release-memory` (b: the worker saves and
-    /// ends at once, too).
+    /// returned descriptor is closed. Returns when nothing computes any more. `who` and `why` are for people. Options:
+    /// `release-memory` (b: the worker saves and ends at once, too), `wait` (b: false returns at once).
     #[zbus(out_args("lease"))]
     async fn acquire_lease(
         &self,
@@ -39,10 +39,12 @@ impl Governor {
         let caller = self.context.authority.allow(Action::Inhibit, &header, connection).await?;
         let mut options = Options::new(options);
         let release = options.take::<bool>("release-memory")?.unwrap_or(false);
+        let wait = options.take::<bool>("wait")?.unwrap_or(true);
         options.finish()?;
         let who = name("the argument \"who\"", who, MAX_NAME)?;
         let why = name("the argument \"why\"", why, MAX_WHY)?;
-        let lease = Inhibition { who, why, owner: caller.uid, sender: caller.sender, lease: true, release };
+        let (owner, sender) = (caller.uid, caller.sender);
+        let lease = Inhibition { who, why, owner, sender, lease: true, release, wait };
         Ok(self.context.runs.inhibit(lease).await?.into())
     }
 

@@ -179,8 +179,8 @@ impl Manager {
         }
         let who = name("the argument \"who\"", who, MAX_NAME)?;
         let why = name("the argument \"why\"", why, MAX_WHY)?;
-        let inhibition =
-            Inhibition { who, why, owner: caller.uid, sender: caller.sender, lease: false, release: false };
+        let (owner, sender) = (caller.uid, caller.sender);
+        let inhibition = Inhibition { who, why, owner, sender, lease: false, release: false, wait: false };
         Ok(self.context.runs.inhibit(inhibition).await?.into())
     }
 

@@ -176,6 +176,7 @@ impl From<bus::Error> for Failure {
             NotOver(text) => {
                 named(Exit::Error, "NotOver", text).help("wait for its end, or `finetunectl cancel RUN`")
             }
+            Busy(text) => named(Exit::Limit, "Busy", text),
             Failed(text) => named(Exit::Error, "Failed", text),
             ShuttingDown(text) => named(Exit::Unreachable, "ShuttingDown", text)
                 .help("try again when it is up: `systemctl status finetuned`"),

@@ -225,9 +225,10 @@ impl Fake {
             Command::Configure(_, reply) => {
                 let _ = reply.send(Ok(()));
             }
-            Command::Shutdown(_, done) => {
+            Command::Suspend(_, done) | Command::Shutdown(_, done) => {
                 let _ = done.send(());
             }
+            Command::Wake => {}
         }
     }
 }

@@ -55,6 +55,9 @@ const KEPT_PER_USER: usize = 10_000;
 /// Checkpoints and evaluations that wait for a worker.
 const REQUESTS: usize = 8;
 
+/// Longest wait for the device to become free for a lease: callers on D-Bus give up after 25 s by default.
+const LEASE: Duration = Duration::from_secs(20);
+
 /// A run that prepares has this long when something holds: it computes without a permit, and has nothing to save.
 const PREPARING_GRACE: Duration = Duration::from_secs(2);
 
@@ -128,6 +131,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         next_request: 0,
         submitted,
         arriving: BTreeMap::new(),
+        asleep: None,
         stopping: None,
         handle: handle.clone(),
         events,
@@ -216,10 +220,20 @@ impl Run {
 struct ActiveRun {
     id: RunId,
     session: Session,
-    /// Since when it is parked.
+    /// Since when it is to be parked.
     parked: Option<Instant>,
+    /// Number of the hold it is, or was last, to be parked under, and of the last one under which it said it was.
+    holds: u64,
+    still: u64,
     checkpoints: HashMap<u64, Reply<u64>>,
     evaluations: HashMap<u64, Reply<f64>>,
+}
+
+impl ActiveRun {
+    /// Whether its worker has said that nothing computes, and has had no leave since.
+    fn is_still(&self) -> bool {
+        self.parked.is_some() && self.still == self.holds
+    }
 }
 
 struct Holder {
@@ -228,6 +242,15 @@ struct Holder {
     lease: bool,
     /// Memory is wanted, too.
     release: bool,
+    /// Answered when the device is free.
+    waiting: Option<Waiting>,
+}
+
+/// A lease that is not granted yet.
+struct Waiting {
+    lease: OwnedFd,
+    until: Instant,
+    reply: Reply<OwnedFd>,
 }
 
 /// What the owner hears from its own tasks.
@@ -263,6 +286,8 @@ struct Owner {
     submitted: u64,
     /// Submissions that are being copied, with their users.
     arriving: BTreeMap<RunId, u32>,
+    /// The machine sleeps or goes down: why nothing begins, and who waits until nothing computes.
+    asleep: Option<(Reason, Vec<oneshot::Sender<()>>)>,
     stopping: Option<(Reason, Vec<oneshot::Sender<()>>)>,
     handle: Runs,
     events: mpsc::Sender<Message>,
@@ -347,9 +372,7 @@ impl Owner {
             Command::OpenAdapter(id, reply) => {
                 let _ = reply.send(self.open_adapter(&id).await);
             }
-            Command::Inhibit(inhibition, reply) => {
-                let _ = reply.send(self.inhibit(inhibition));
-            }
+            Command::Inhibit(inhibition, reply) => self.inhibit(inhibition, reply),
             Command::AddModel(name, directory, reply) => {
                 self.change_models(reply, move |models, limits| models.add(&name, directory, &limits))
             }
@@ -360,6 +383,12 @@ impl Owner {
             Command::Configure(config, reply) => {
                 let _ = reply.send(self.configure(*config).await);
             }
+            Command::Suspend(reason, done) => {
+                let (why, waiting) = self.asleep.get_or_insert_with(|| (reason, Vec::new()));
+                *why = reason;
+                waiting.push(done);
+            }
+            Command::Wake => self.asleep = None,
             Command::Shutdown(reason, done) => self.shutdown(reason, done).await,
         }
     }
@@ -650,7 +679,48 @@ impl Owner {
         .await
     }
 
-    fn inhibit(&mut self, inhibition: Inhibition) -> Result<OwnedFd, RequestError> {
+    fn inhibit(&mut self, inhibition: Inhibition, reply: Reply<OwnedFd>) {
+        let wait = inhibition.wait;
+        let (number, lease) = match self.take_hold(inhibition) {
+            Ok(taken) => taken,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        let until = Instant::now() + LEASE;
+        match self.holders.get_mut(&number).filter(|_| wait) {
+            Some(holder) => holder.waiting = Some(Waiting { lease, until, reply }),
+            None => drop(reply.send(Ok(lease))),
+        }
+    }
+
+    /// Answers leases: those for which the device is free now, and those that have waited too long.
+    fn grant_leases(&mut self) {
+        let now = Instant::now();
+        let (free, still) = (self.active.is_none(), self.active.as_ref().is_none_or(ActiveRun::is_still));
+        let mut refused = Vec::new();
+        for (number, holder) in &mut self.holders {
+            let granted = if holder.release { free } else { still };
+            let late = |waiting: &mut Waiting| granted || waiting.until <= now;
+            let Some(Waiting { lease, reply, .. }) = holder.waiting.take_if(late) else { continue };
+            if granted {
+                // Nobody there to take it: its descriptor is closed here, and that releases it.
+                let _ = reply.send(Ok(lease));
+            } else {
+                refused.push(*number);
+                let _ = reply.send(Err(RequestError::Busy(format!(
+                    "what trains did not let go of the device within {} s, and goes on; a micro-step may take as long \
+                     (train.micro_batch_size), or the worker prepares or saves: try again, or ask with wait = false",
+                    LEASE.as_secs()
+                ))));
+            }
+        }
+        for number in refused {
+            self.holders.remove(&number);
+            self.show_holders();
+        }
+    }
+
+    /// The number of a new hold, and the descriptor that keeps it.
+    fn take_hold(&mut self, inhibition: Inhibition) -> Result<(u64, OwnedFd), RequestError> {
         let limits = &self.options.config.limits;
         let own = self.holders.values().filter(|holder| holder.sender == inhibition.sender).count();
         for (taken, limit, key) in [
@@ -683,14 +753,14 @@ impl Owner {
             "training is inhibited"
         );
         let Inhibition { sender, lease, release, .. } = inhibition;
-        self.holders.insert(number, Holder { inhibitor, sender, lease, release });
+        self.holders.insert(number, Holder { inhibitor, sender, lease, release, waiting: None });
         self.show_holders();
         let events = self.events.clone();
         tokio::spawn(async move {
             released(ours).await;
             let _ = events.send(Message::Released(number)).await;
         });
-        Ok(theirs)
+        Ok((number, theirs))
     }
 
     fn show_holders(&mut self) {
@@ -865,6 +935,11 @@ impl Owner {
                     }
                 }
             }
+            Report::Parked { hold } => {
+                if let Some(active) = &mut self.active {
+                    active.still = hold;
+                }
+            }
             Report::Note { text } => {
                 tracing::info!(RUN_ID = %id, "{text}");
                 self.note(id, Kind::Note, text).await;
@@ -956,8 +1031,19 @@ impl Owner {
 
     // ── What follows ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    /// Does what the scheduler says. Called after everything that may have changed its mind.
+    /// Does what the scheduler says, and answers who waited for it. Called after everything that may have changed its
+    /// mind.
     async fn schedule(&mut self) {
+        self.take_turn().await;
+        if self.active.is_none()
+            && let Some((_, waiting)) = &mut self.asleep
+        {
+            waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
+        }
+        self.grant_leases();
+    }
+
+    async fn take_turn(&mut self) {
         if self.stopping.is_some() {
             if self.active.is_none()
                 && let Some((_, waiting)) = &mut self.stopping
@@ -1043,6 +1129,10 @@ impl Owner {
 
     /// Why nothing may compute, and whether memory is to be given back at once.
     fn held(&self) -> (Option<Reason>, bool) {
+        if let Some((reason, _)) = &self.asleep {
+            // What a GPU keeps over a sleep is the driver's business: no worker is left to find out.
+            return (Some(*reason), true);
+        }
         let ruling = self.ruling();
         let lease = self.holders.values().find(|holder| holder.lease);
         let reason = if lease.is_some() {
@@ -1058,8 +1148,11 @@ impl Owner {
 
     async fn park(&mut self, reason: Reason, release: bool) {
         let Some(active) = &mut self.active else { return };
-        active.session.pace(Pace { run: false, duty: 1.0 });
+        if active.parked.is_none() {
+            active.holds += 1;
+        }
         let since = *active.parked.get_or_insert_with(Instant::now);
+        active.session.pace(Pace { run: false, duty: 1.0, hold: active.holds });
         let id = active.id.clone();
         let state = self.runs.get(&id).map(|run| run.record.condition.state);
         let patience = match state {
@@ -1077,7 +1170,7 @@ impl Owner {
     async fn go_on(&mut self) {
         let duty = self.ruling().duty;
         let Some(active) = &mut self.active else { return };
-        active.session.pace(Pace { run: true, duty });
+        active.session.pace(Pace { run: true, duty, hold: 0 });
         let id = active.id.clone();
         if active.parked.take().is_some() {
             if let Some(run) = self.runs.get_mut(&id) {
@@ -1164,6 +1257,8 @@ impl Owner {
             id: id.clone(),
             session,
             parked: None,
+            holds: 0,
+            still: 0,
             checkpoints: HashMap::new(),
             evaluations: HashMap::new(),
         });

@@ -111,6 +111,8 @@ pub struct Pace {
     pub run: bool,
     /// Share of the time, above 0 and at most 1.
     pub duty: f64,
+    /// Number of the hold, of which the worker says that it is parked under it; zero where it computes.
+    pub hold: u64,
 }
 
 impl Session {
@@ -133,7 +135,7 @@ pub fn start(
     config: WorkerConfig,
 ) -> (Session, mpsc::Receiver<Event>) {
     let (orders, order_box) = mpsc::unbounded_channel();
-    let (set_pace, pace) = watch::channel(Pace { run: true, duty: 1.0 });
+    let (set_pace, pace) = watch::channel(Pace { run: true, duty: 1.0, hold: 0 });
     let (events, event_box) = mpsc::channel(64);
     tokio::spawn(async move {
         let ended = match launcher.launch().await {
@@ -299,9 +301,9 @@ impl Talk {
     }
 
     fn permit(&mut self) -> Result<(), Over> {
-        let Pace { run, duty } = *self.pace.borrow_and_update();
+        let Pace { run, duty, hold } = *self.pace.borrow_and_update();
         let until_ms = (self.clock.monotonic() + PERMIT).as_millis() as u64;
-        self.tell_worker(Request::Permit(Permit { run, duty, until_ms }))
+        self.tell_worker(Request::Permit(Permit { run, duty, until_ms, hold }))
     }
 
     /// Never waits: a worker that does not read is found out after a while.

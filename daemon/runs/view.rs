@@ -119,6 +119,8 @@ pub struct Inhibition {
     pub lease: bool,
     /// The memory of the held run is wanted, too.
     pub release: bool,
+    /// Answer when nothing computes any more, not before.
+    pub wait: bool,
 }
 
 /// A hold in force.
@@ -196,6 +198,9 @@ pub enum RequestError {
     /// No space, or the disk refused a write.
     #[error("{0}")]
     Storage(String),
+    /// The device did not become free in time.
+    #[error("{0}")]
+    Busy(String),
     /// The worker was gone, or could not do it.
     #[error("{0}")]
     Failed(String),
@@ -223,6 +228,8 @@ pub(super) enum Command {
     AddModel(String, OwnedFd, Reply<ModelView>),
     RemoveModel(String, Reply<()>),
     Configure(Box<DaemonConfig>, Reply<()>),
+    Suspend(Reason, oneshot::Sender<()>),
+    Wake,
     Shutdown(Reason, oneshot::Sender<()>),
 }
 
@@ -378,7 +385,9 @@ impl Runs {
         self.ask(|reply| Command::OpenAdapter(id.clone(), reply)).await
     }
 
-    /// Holds all training until every copy of the returned descriptor is closed.
+    /// Holds all training until every copy of the returned descriptor is closed. With [`Inhibition::wait`] it returns
+    /// when nothing computes any more; if that takes too long, nothing is held and the error is
+    /// [`RequestError::Busy`].
     pub async fn inhibit(&self, inhibition: Inhibition) -> Result<OwnedFd, RequestError> {
         self.ask(|reply| Command::Inhibit(inhibition, reply)).await
     }
@@ -397,6 +406,21 @@ impl Runs {
     /// `storage.model_directories`.
     pub async fn configure(&self, config: DaemonConfig) -> Result<(), RequestError> {
         self.ask(|reply| Command::Configure(Box::new(config), reply)).await
+    }
+
+    /// Has the active run saved because the machine sleeps or goes down; returns when there is no worker any more.
+    /// Nothing is started until [`Runs::wake`]. A second reason replaces the first.
+    pub async fn suspend(&self, reason: Reason) {
+        let (done, finished) = oneshot::channel();
+        if self.commands.send(Command::Suspend(reason, done)).await.is_ok() {
+            let _ = finished.await;
+        }
+    }
+
+    /// Ends what [`Runs::suspend`] began.
+    pub async fn wake(&self) {
+        // The owner only ends with the daemon.
+        let _ = self.commands.send(Command::Wake).await;
     }
 
     /// Has the active run saved; returns when there is no worker any more. Nothing is started afterwards.

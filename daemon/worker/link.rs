@@ -47,6 +47,8 @@ struct Asked {
     until: Duration,
     /// Share of the time that may be computed.
     duty: f64,
+    /// Number of the hold; zero while there is none.
+    hold: u64,
     requests: VecDeque<gate::Request>,
     stop: Option<Stop>,
 }
@@ -101,6 +103,7 @@ impl Link {
             start: None,
             until: Duration::ZERO,
             duty: 1.0,
+            hold: 0,
             requests: VecDeque::new(),
             stop: None,
         };
@@ -131,11 +134,14 @@ impl Link {
                 let failure = Some("the daemon sent `start` twice".to_string());
                 return self.stop(Stop { reason: Reason::Protocol, failure });
             }
-            Request::Permit(Permit { run: false, .. }) => asked.until = Duration::ZERO,
+            Request::Permit(Permit { run: false, hold, .. }) => {
+                (asked.until, asked.hold) = (Duration::ZERO, hold);
+            }
             // However far ahead it says: a daemon that fails must not leave us running.
             Request::Permit(Permit { until_ms, duty, .. }) => {
                 asked.duty = if duty.is_finite() { duty.clamp(SMALLEST_DUTY, 1.0) } else { SMALLEST_DUTY };
                 asked.until = Duration::from_millis(until_ms).min(self.clock.monotonic() + PERMIT);
+                asked.hold = 0;
             }
             Request::Checkpoint { request } => asked.requests.push_back(gate::Request::Checkpoint(request)),
             Request::Evaluate { request } => asked.requests.push_back(gate::Request::Evaluate(request)),
@@ -278,12 +284,14 @@ pub struct PermitGate<'a> {
     began: Option<Duration>,
     /// When it ended, and how long it took: what the rest is reckoned from.
     ended: Option<(Duration, Duration)>,
+    /// The hold under which the daemon was told that the trainer is parked.
+    told: u64,
 }
 
 impl<'a> PermitGate<'a> {
     /// A gate over what comes through `link`.
     pub fn new(link: &'a Link) -> PermitGate<'a> {
-        PermitGate { link, began: None, ended: None }
+        PermitGate { link, began: None, ended: None, told: 0 }
     }
 
     /// How much of the rest after the last piece of work is left, with this duty.
@@ -323,6 +331,12 @@ impl Gate for PermitGate<'_> {
             link.tick();
         } else {
             link.enter(Phase::Parked);
+            let hold = asked.hold;
+            if hold != std::mem::replace(&mut self.told, hold) && hold != 0 {
+                drop(asked);
+                link.say(&Report::Parked { hold });
+                return Pace::Wait(Duration::ZERO);
+            }
         }
         if asked.requests.is_empty() {
             let nap = if now < asked.until { rest.min(NAP) } else { NAP };

@@ -8,6 +8,7 @@
 //!     │ ─── permit (every 0.5 s) ────────────► │   compute or wait, until when
 //!     │ ◄──────────────── beat (every 1 s) ─── │   phase, and a counter that moves with the work
 //!     │ ◄── started, step, eval, committed ─── │
+//!     │ ◄─────────────── parked ────────────── │   after the last micro-step under a permit that holds
 //!     │ ─── checkpoint, evaluate, stop ──────► │   answered by committed, evaluated, refused
 //!     │ ◄──────── finished | failed ────────── │   the last word; the worker exits
 //! ```
@@ -24,7 +25,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Version of the protocol. Both sides refuse another one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Longest permit.
 pub const PERMIT: Duration = Duration::from_secs(2);
@@ -99,6 +100,9 @@ pub struct Permit {
     pub duty: f64,
     /// Until when, as milliseconds of `CLOCK_MONOTONIC`.
     pub until_ms: u64,
+    /// Number of the hold, where there is no leave to compute: answered by [`Report::Parked`], once. Zero otherwise.
+    #[serde(default)]
+    pub hold: u64,
 }
 
 fn whole() -> f64 {
@@ -157,6 +161,11 @@ pub enum Report {
         request: u64,
         /// Why.
         why: String,
+    },
+    /// Nothing computes any more, under this hold: the micro-step before it has ended.
+    Parked {
+        /// Its number.
+        hold: u64,
     },
     /// Something a person should know that is no error.
     Note {

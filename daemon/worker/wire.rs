@@ -355,8 +355,8 @@ mod tests {
                 spec,
                 threads
             })),
-            (any::<bool>(), finite(), any::<u64>())
-                .prop_map(|(run, duty, until_ms)| Request::Permit(Permit { run, duty, until_ms })),
+            (any::<bool>(), finite(), any::<u64>(), any::<u64>())
+                .prop_map(|(run, duty, until_ms, hold)| Request::Permit(Permit { run, duty, until_ms, hold })),
             any::<u64>().prop_map(|request| Request::Checkpoint { request }),
             any::<u64>().prop_map(|request| Request::Evaluate { request }),
             reason().prop_map(|reason| Request::Stop { reason }),
@@ -553,7 +553,7 @@ mod tests {
     fn last_words_come_through_though_nobody_listened() {
         runtime().block_on(async {
             let (mut daemon, worker) = pair();
-            let permit = Request::Permit(Permit { run: true, duty: 1.0, until_ms: 1 });
+            let permit = Request::Permit(Permit { run: true, duty: 1.0, until_ms: 1, hold: 0 });
             daemon.send(&permit).unwrap();
             let mut output = Output::new(worker.try_clone().unwrap()).unwrap();
             let last = Report::Finished(Finished::Stopped { reason: Reason::User });

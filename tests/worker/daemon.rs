@@ -108,8 +108,8 @@ impl Daemon {
             loop {
                 if leave != Leave::Silence {
                     let until = SystemClock::new().monotonic() + PERMIT;
-                    let permit =
-                        Permit { run: leave == Leave::Run, duty: 1.0, until_ms: until.as_millis() as u64 };
+                    let (run, until_ms) = (leave == Leave::Run, until.as_millis() as u64);
+                    let permit = Permit { run, duty: 1.0, until_ms, hold: 0 };
                     connection.send(&Request::Permit(permit)).unwrap();
                 }
                 let left = deadline.checked_duration_since(Instant::now())?;
