@@ -67,8 +67,10 @@ pub struct Options {
     pub config: DaemonConfig,
     /// Starts workers.
     pub launcher: Arc<dyn Launcher>,
-    /// For records; waiting goes by tokio's time.
+    /// The governor's clock: for records, and for how long a hold lasts. Other waiting goes by tokio's time.
     pub clock: Arc<dyn Clock>,
+    /// The clock that workers share, for their permits.
+    pub workers_clock: Arc<dyn Clock>,
     /// What the governor says.
     pub governor: Door,
     /// Counts the owner's turns: who watches it (systemd's watchdog) knows that the daemon is not stuck.
@@ -217,9 +219,16 @@ struct ActiveRun {
     id: RunId,
     session: Session,
     /// Since when it is parked.
-    parked: Option<Instant>,
+    parked: Option<Parked>,
     checkpoints: HashMap<u64, Reply<u64>>,
     evaluations: HashMap<u64, Reply<f64>>,
+}
+
+/// When a run was parked: by the time that the worker lives in, and by the governor's clock.
+#[derive(Clone, Copy)]
+struct Parked {
+    since: Instant,
+    held_since: Duration,
 }
 
 struct Holder {
@@ -1059,14 +1068,15 @@ impl Owner {
     async fn park(&mut self, reason: Reason, release: bool) {
         let Some(active) = &mut self.active else { return };
         active.session.pace(Pace { run: false, duty: 1.0 });
-        let since = *active.parked.get_or_insert_with(Instant::now);
+        let now = self.options.clock.monotonic();
+        let parked = *active.parked.get_or_insert_with(|| Parked { since: Instant::now(), held_since: now });
         let id = active.id.clone();
         let state = self.runs.get(&id).map(|run| run.record.condition.state);
-        let patience = match state {
-            Some(State::Preparing) => PREPARING_GRACE,
-            _ => self.options.config.worker.keep_when_held,
+        let impatient = match state {
+            Some(State::Preparing) => parked.since.elapsed() >= PREPARING_GRACE,
+            _ => now.saturating_sub(parked.held_since) >= self.options.config.worker.keep_when_held,
         };
-        if release || since.elapsed() >= patience {
+        if release || impatient {
             return self.give_up_device(reason).await;
         }
         if matches!(state, Some(State::Running | State::Waiting)) {
@@ -1155,7 +1165,7 @@ impl Owner {
         };
         let (session, events) = session::start(
             self.options.launcher.clone(),
-            self.options.clock.clone(),
+            self.options.workers_clock.clone(),
             start,
             self.options.config.worker.clone(),
         );
