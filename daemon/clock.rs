@@ -1,5 +1,7 @@
 //! The only source of time. Everything that measures or waits takes a [`Clock`], so that tests can move it.
 
+pub mod simulated;
+
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, SystemTime};
 
@@ -12,6 +14,10 @@ pub trait Clock: Send + Sync {
     fn wall(&self) -> SystemTime;
     /// Blocks the calling thread.
     fn sleep(&self, duration: Duration);
+    /// What a person must know about this time; absent when it is the machine's.
+    fn notice(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// The machine's clock.

@@ -27,6 +27,9 @@ pub struct DaemonArguments {
     /// Look for sensors below this directory instead of /: for trying a budget on a simulated board
     #[arg(long, value_name = "DIR")]
     sysfs_root: Option<PathBuf>,
+    /// Follow the clock in this file (docs/decisions/simulated-time.md): for simulations only
+    #[arg(long, value_name = "FILE", hide = true, requires = "sysfs_root")]
+    simulated_clock: Option<PathBuf>,
 }
 
 /// Runs the daemon.
@@ -41,6 +44,7 @@ pub fn command(arguments: &DaemonArguments) -> Result<Exit, Failure> {
         state_directory: absolute(&arguments.state_dir)?,
         cache_directory: absolute(&arguments.cache_dir)?,
         sysfs_root: absolute(&arguments.sysfs_root)?,
+        simulated_clock: arguments.simulated_clock.clone(),
     };
     match service::run(arguments) {
         Ok(()) => Ok(Exit::Done),

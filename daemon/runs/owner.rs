@@ -70,8 +70,10 @@ pub struct Options {
     pub config: DaemonConfig,
     /// Starts workers.
     pub launcher: Arc<dyn Launcher>,
-    /// For records; waiting goes by tokio's time.
+    /// The governor's clock: for records, and for how long a hold lasts. Other waiting goes by tokio's time.
     pub clock: Arc<dyn Clock>,
+    /// The clock that workers share, for their permits.
+    pub workers_clock: Arc<dyn Clock>,
     /// What the governor says.
     pub governor: Door,
     /// Counts the owner's turns: who watches it (systemd's watchdog) knows that the daemon is not stuck.
@@ -221,7 +223,7 @@ struct ActiveRun {
     id: RunId,
     session: Session,
     /// Since when it is to be parked.
-    parked: Option<Instant>,
+    parked: Option<Parked>,
     /// Number of the hold it is, or was last, to be parked under, and of the last one under which it said it was.
     holds: u64,
     still: u64,
@@ -234,6 +236,13 @@ impl ActiveRun {
     fn is_still(&self) -> bool {
         self.parked.is_some() && self.still == self.holds
     }
+}
+
+/// When a run was parked: by the time that the worker lives in, and by the governor's clock.
+#[derive(Clone, Copy)]
+struct Parked {
+    since: Instant,
+    held_since: Duration,
 }
 
 struct Holder {
@@ -1151,15 +1160,16 @@ impl Owner {
         if active.parked.is_none() {
             active.holds += 1;
         }
-        let since = *active.parked.get_or_insert_with(Instant::now);
         active.session.pace(Pace { run: false, duty: 1.0, hold: active.holds });
+        let now = self.options.clock.monotonic();
+        let parked = *active.parked.get_or_insert_with(|| Parked { since: Instant::now(), held_since: now });
         let id = active.id.clone();
         let state = self.runs.get(&id).map(|run| run.record.condition.state);
-        let patience = match state {
-            Some(State::Preparing) => PREPARING_GRACE,
-            _ => self.options.config.worker.keep_when_held,
+        let impatient = match state {
+            Some(State::Preparing) => parked.since.elapsed() >= PREPARING_GRACE,
+            _ => now.saturating_sub(parked.held_since) >= self.options.config.worker.keep_when_held,
         };
-        if release || since.elapsed() >= patience {
+        if release || impatient {
             return self.give_up_device(reason).await;
         }
         if matches!(state, Some(State::Running | State::Waiting)) {
@@ -1248,7 +1258,7 @@ impl Owner {
         };
         let (session, events) = session::start(
             self.options.launcher.clone(),
-            self.options.clock.clone(),
+            self.options.workers_clock.clone(),
             start,
             self.options.config.worker.clone(),
         );

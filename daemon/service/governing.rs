@@ -206,6 +206,7 @@ impl Rounds {
         }
         view.night = readings.power.is_some().then(|| night.counted(budget.energy_gross));
         view.quota = budget.energy_per_night;
+        view.notes.extend(self.clock.notice().map(str::to_string));
         if readings.power.is_none() && (budget.energy_per_night.or(budget.energy_per_run)).is_some() {
             view.notes.push("this machine has no power meter: no quota of energy is kept".into());
         }

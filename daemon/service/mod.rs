@@ -20,7 +20,8 @@ mod transitions;
 
 use crate::bus::{Endpoint, LogSwitch, ServeError, Server, Service};
 use crate::checkpoint::{LockError, OutputLock};
-use crate::clock::SystemClock;
+use crate::clock::simulated::{ClockFileError, SimulatedClock};
+use crate::clock::{Clock, SystemClock};
 use crate::config::daemon::{DaemonConfig, Launch, WorkerConfig};
 use crate::config::{ConfigError, Mode};
 use crate::governor::View;
@@ -66,6 +67,8 @@ pub struct ServiceArguments {
     pub cache_directory: Option<PathBuf>,
     /// Where sysfs, procfs and the board's files are looked for; `/` when absent.
     pub sysfs_root: Option<PathBuf>,
+    /// A file whose time governs instead of the machine's, beside a simulated board.
+    pub simulated_clock: Option<PathBuf>,
 }
 
 impl ServiceArguments {
@@ -105,6 +108,14 @@ impl ServiceArguments {
             config.storage.cache_directory = directory.clone();
         }
         Ok(config)
+    }
+
+    /// The time by which is governed and recorded.
+    fn clock(&self) -> Result<Arc<dyn Clock>, ClockFileError> {
+        Ok(match &self.simulated_clock {
+            Some(path) => Arc::new(SimulatedClock::open(path)?),
+            None => Arc::new(SystemClock::new()),
+        })
     }
 }
 
@@ -159,6 +170,9 @@ pub enum ServiceError {
     /// The bus.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The file of a simulated clock.
+    #[error(transparent)]
+    Clock(#[from] ClockFileError),
 }
 
 /// Runs the daemon until it is told to end.
@@ -213,9 +227,10 @@ async fn serve(
     let _lock = lock(&config)?;
     let heartbeat = Arc::new(AtomicU64::new(0));
     let root = arguments.sysfs_root.clone().unwrap_or_else(|| PathBuf::from("/"));
-    let governing = Governing::start(&config, root, Arc::new(SystemClock::new()))
+    let clock = arguments.clock()?;
+    let governing = Governing::start(&config, root, clock.clone())
         .map_err(|source| ServiceError::Process { action: "start the governor", source })?;
-    let runs = start_runs(&config, &governing, heartbeat.clone())?;
+    let runs = start_runs(&config, &governing, clock, heartbeat.clone())?;
     let service = Service::new(
         runs.clone(),
         governing.view.clone(),
@@ -430,6 +445,7 @@ fn lock(config: &DaemonConfig) -> Result<OutputLock, ServiceError> {
 fn start_runs(
     config: &DaemonConfig,
     governing: &Governing,
+    clock: Arc<dyn Clock>,
     heartbeat: Arc<AtomicU64>,
 ) -> Result<Runs, ServiceError> {
     let launcher: Arc<dyn Launcher> = match &config.worker.launch {
@@ -445,7 +461,8 @@ fn start_runs(
     let options = runs::Options {
         config: config.clone(),
         launcher,
-        clock: Arc::new(SystemClock::new()),
+        clock,
+        workers_clock: Arc::new(SystemClock::new()),
         governor: governing.door.clone(),
         heartbeat,
     };
