@@ -6,9 +6,72 @@ use super::authority::Action;
 use super::error::Result;
 use super::input::{Options, name};
 use super::manager::{MAX_NAME, MAX_WHY};
+use crate::governor::View;
 use crate::runs::Inhibition;
 use zbus::message::Header;
 use zbus::{Connection, OwnedFd, Variant, interface};
+
+/// What there are several of.
+fn lists(view: &View) -> Vec<(&'static str, Variant<'static>)> {
+    let set_points = view.set_points.iter().copied().chain(std::iter::repeat(None));
+    let zones: Vec<(String, String, f64, f64)> = view
+        .readings
+        .zones
+        .iter()
+        .zip(set_points)
+        .map(|(zone, set)| {
+            let (now, set) = (zone.temperature.value(), set.map_or(f64::NAN, |set| set.0));
+            (zone.name.clone(), zone.role.word().into(), now.map_or(f64::NAN, |now| now.0), set)
+        })
+        .collect();
+    let rails: Vec<(String, f64, bool)> = view
+        .readings
+        .rails
+        .iter()
+        .map(|rail| (rail.name.clone(), rail.power.value().map_or(f64::NAN, |power| power.0), rail.counted))
+        .collect();
+    let names: Vec<(String, f64)> = zones.iter().map(|(name, _, now, _)| (name.clone(), *now)).collect();
+    let powers: Vec<(String, f64)> = rails.iter().map(|(name, power, _)| (name.clone(), *power)).collect();
+    vec![
+        ("Zones", names.into()),
+        ("Rails", powers.into()),
+        ("Notes", view.notes.clone().into()),
+        ("ZoneDetails", zones.into()),
+        ("RailDetails", rails.into()),
+    ]
+}
+
+/// What there is one of, where it is known.
+fn single(view: &View) -> impl Iterator<Item = (&'static str, Variant<'static>)> {
+    fn known<T: Into<Variant<'static>>>(
+        name: &'static str,
+        value: Option<T>,
+    ) -> Option<(&'static str, Variant<'static>)> {
+        value.map(|value| (name, value.into()))
+    }
+    let readings = &view.readings;
+    let alarms = readings.over_current;
+    [
+        known("PowerLimit", view.power_limit.map(|limit| limit.0)),
+        known("IdlePower", view.idle.map(|idle| idle.0)),
+        known("GpuLoad", readings.gpu_load),
+        known("GpuClock", readings.gpu_clock.map(|(now, _)| now)),
+        known("GpuClockLimit", readings.gpu_clock.map(|(_, limit)| limit)),
+        known("MemoryClockCap", view.memory_clock_cap),
+        known("FanDuty", readings.fan),
+        known("AvailableMemory", readings.available_memory.map(|memory| memory.0)),
+        known("MemoryPressure", readings.memory_pressure),
+        known("Load", readings.load),
+        known("ExternalPower", readings.external_power),
+        known("Battery", readings.battery),
+        known("Throttled", Some(readings.throttled)),
+        known("UnderVoltageRate", alarms.map(|alarms| alarms.under_voltage)),
+        known("OverCurrentRate", alarms.map(|alarms| alarms.average)),
+        known("InstantOverCurrentRate", alarms.map(|alarms| alarms.instantaneous)),
+    ]
+    .into_iter()
+    .flatten()
+}
 
 /// The object.
 pub struct Governor {
@@ -48,19 +111,18 @@ impl Governor {
         Ok(self.context.runs.inhibit(lease).await?.into())
     }
 
-    /// The last round of the sensors: `Zones` (a(sd), °C), `Rails` (a(sd), watts; NaN where one cannot be read), `Notes`
-    /// (as).
+    /// The last round of the sensors. A value that this machine does not have, or that could not be read, is NaN in a list
+    /// and has no key otherwise. `Zones` (a(sd): name, °C), `Rails` (a(sd): name, watts), `Notes` (as); `ZoneDetails`
+    /// (a(ssdd): name, `junction`, `die` or `board`, °C, set-point in °C), `RailDetails` (a(sdb): name, watts, whether
+    /// `Power` counts it); `PowerLimit` and `IdlePower` (d, watts); `GpuLoad` (d, 0 to 1), `GpuClock`, `GpuClockLimit` and
+    /// `MemoryClockCap` (t, hertz); `FanDuty` (d, 0 to 1); `AvailableMemory` (t, bytes), `MemoryPressure` (d, 0 to 1);
+    /// `Load` (d, per core); `ExternalPower` (b), `Battery` (d, 0 to 1); `Throttled` (b); `UnderVoltageRate`,
+    /// `OverCurrentRate` and `InstantOverCurrentRate` (d, events per second).
     #[zbus(out_args("readings"))]
     async fn get_readings(&self) -> Result<Dictionary> {
         let view = self.context.governor.borrow().clone();
-        let zones: Vec<(String, f64)> =
-            view.zones.iter().map(|(name, value)| (name.clone(), value.map_or(f64::NAN, |t| t.0))).collect();
-        let rails: Vec<(String, f64)> =
-            view.rails.iter().map(|(name, value)| (name.clone(), value.map_or(f64::NAN, |p| p.0))).collect();
-        let entries: [(&str, Variant); 3] =
-            [("Zones", zones.into()), ("Rails", rails.into()), ("Notes", view.notes.clone().into())];
         let mut readings = Dictionary::new();
-        for (name, value) in entries {
+        for (name, value) in lists(&view).into_iter().chain(single(&view)) {
             readings.insert(name.into(), value.try_into_owned()?);
         }
         Ok(readings)
@@ -131,5 +193,71 @@ impl Governor {
     #[zbus(property(emits_changed_signal = "false"))]
     fn night_quota(&self) -> f64 {
         self.context.governor.borrow().quota.map_or(f64::NAN, |quota| quota.watt_hours())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::governor::readings::{OverCurrent, Rail, Reading, Readings, Zone, ZoneRole};
+    use crate::units::{Bytes, Celsius, Watts};
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    fn read<T>(value: T) -> Reading<T> {
+        Reading::Value { value, at: Duration::ZERO }
+    }
+
+    fn zone(name: &str, role: ZoneRole, temperature: Reading<Celsius>) -> Zone {
+        let name = name.into();
+        Zone { name, role, temperature, passive_trip: None, critical_trip: None, required: false }
+    }
+
+    #[test]
+    fn what_is_known_has_a_key() {
+        let nothing: Vec<&str> = single(&View::default()).map(|(name, _)| name).collect();
+        assert_eq!(nothing, ["Throttled"]);
+        let readings = Readings {
+            zones: vec![
+                zone("tj-thermal", ZoneRole::Junction, read(Celsius(84.5))),
+                zone("cv0-thermal", ZoneRole::Die, Reading::Offline),
+            ],
+            rails: vec![Rail { name: "VDD_GPU_SOC".into(), power: read(Watts(12.0)), counted: true }],
+            gpu_load: Some(0.9),
+            gpu_clock: Some((918_000_000, 1_300_500_000)),
+            throttled: true,
+            over_current: Some(OverCurrent { average: 0.5, ..OverCurrent::default() }),
+            fan: Some(0.4),
+            external_power: Some(true),
+            battery: Some(0.8),
+            available_memory: Some(Bytes(1 << 30)),
+            memory_pressure: Some(0.01),
+            load: Some(0.2),
+            ..Readings::default()
+        };
+        let view = View {
+            readings,
+            set_points: vec![Some(Celsius(85.0))],
+            power_limit: Some(Watts(30.0)),
+            idle: Some(Watts(9.0)),
+            memory_clock_cap: Some(3_199_000_000),
+            ..View::default()
+        };
+        let text: BTreeMap<&str, String> = lists(&view)
+            .into_iter()
+            .chain(single(&view))
+            .map(|(name, value)| (name, value.to_string()))
+            .collect();
+        assert_eq!(text.len(), 21, "{text:?}");
+        assert_eq!(
+            text["ZoneDetails"],
+            r#"[("tj-thermal", "junction", 84.5, 85.), ("cv0-thermal", "die", NaN, NaN)]"#
+        );
+        assert_eq!(text["Zones"], r#"[("tj-thermal", 84.5), ("cv0-thermal", NaN)]"#);
+        assert_eq!(text["RailDetails"], r#"[("VDD_GPU_SOC", 12., true)]"#);
+        assert_eq!(
+            (text["GpuClock"].as_str(), text["OverCurrentRate"].as_str()),
+            ("uint64 918000000", "0.5")
+        );
     }
 }

@@ -5,7 +5,7 @@ use super::error::{Error, Result};
 use super::input::{no_options, shortened};
 use super::{Context, Dictionary, same};
 use crate::runs::{Ask, RunView};
-use crate::units::RunId;
+use crate::units::{Joules, RunId};
 use futures_util::StreamExt;
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -60,7 +60,15 @@ pub(super) fn properties(view: &RunView) -> Vec<(&'static str, Variant<'static>)
         ("Attempts", view.attempts.into()),
         ("CheckpointStep", view.checkpoint_step.unwrap_or(u64::MAX).into()),
         ("MemoryBytes", view.memory_bytes.into()),
+        ("Energy", joules(view.energy.gross).into()),
+        ("EnergyAboveIdle", joules(view.energy.above_idle).into()),
+        ("JoulesPerToken", joules(view.energy.per_token).into()),
+        ("StepEnergy", joules(view.energy.last_step).into()),
     ]
+}
+
+fn joules(energy: Option<Joules>) -> f64 {
+    energy.map_or(f64::NAN, |energy| energy.0)
 }
 
 /// What has changed between two views of a run.
@@ -426,5 +434,30 @@ impl Run {
     #[zbus(property)]
     fn memory_bytes(&self) -> u64 {
         self.view().memory_bytes
+    }
+
+    /// Joules that the machine took while this run's worker computed, over all attempts; NaN without a meter.
+    #[zbus(property)]
+    fn energy(&self) -> f64 {
+        joules(self.view().energy.gross)
+    }
+
+    /// The same without what the idle machine would have taken; NaN while that is not known.
+    #[zbus(property)]
+    fn energy_above_idle(&self) -> f64 {
+        joules(self.view().energy.above_idle)
+    }
+
+    /// `Energy` per token that was trained on; NaN without either.
+    #[zbus(property)]
+    fn joules_per_token(&self) -> f64 {
+        joules(self.view().energy.per_token)
+    }
+
+    /// Joules of the last step, from the end of the step before it; NaN where that is not one step's work (after a wait,
+    /// an evaluation, the beginning of an attempt within a step) and without a meter.
+    #[zbus(property)]
+    fn step_energy(&self) -> f64 {
+        joules(self.view().energy.last_step)
     }
 }

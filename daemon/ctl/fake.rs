@@ -108,6 +108,10 @@ pub fn properties(run: &Figures) -> Dictionary {
         ("Attempts", value(run.attempts)),
         ("CheckpointStep", value(run.checkpoint_step.unwrap_or(u64::MAX))),
         ("MemoryBytes", value(run.memory_bytes)),
+        ("Energy", value(run.energy_j.unwrap_or(f64::NAN))),
+        ("EnergyAboveIdle", value(run.energy_above_idle_j.unwrap_or(f64::NAN))),
+        ("JoulesPerToken", value(run.joules_per_token.unwrap_or(f64::NAN))),
+        ("StepEnergy", value(run.step_energy_j.unwrap_or(f64::NAN))),
     ]
     .map(|(name, value)| (name.to_string(), value))
     .into()
@@ -393,6 +397,22 @@ impl FakeRun {
     #[zbus(property)]
     fn memory_bytes(&self) -> u64 {
         self.figures().memory_bytes
+    }
+    #[zbus(property)]
+    fn energy(&self) -> f64 {
+        self.figures().energy_j.unwrap_or(f64::NAN)
+    }
+    #[zbus(property)]
+    fn energy_above_idle(&self) -> f64 {
+        self.figures().energy_above_idle_j.unwrap_or(f64::NAN)
+    }
+    #[zbus(property)]
+    fn joules_per_token(&self) -> f64 {
+        self.figures().joules_per_token.unwrap_or(f64::NAN)
+    }
+    #[zbus(property)]
+    fn step_energy(&self) -> f64 {
+        self.figures().step_energy_j.unwrap_or(f64::NAN)
     }
 }
 

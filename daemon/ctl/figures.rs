@@ -52,6 +52,14 @@ pub struct Figures {
     pub checkpoint_step: Option<u64>,
     /// Resident memory of the worker.
     pub memory_bytes: u64,
+    /// Joules that the machine took while its worker computed.
+    pub energy_j: Option<f64>,
+    /// The same without what the idle machine would have taken.
+    pub energy_above_idle_j: Option<f64>,
+    /// Per token that was trained on.
+    pub joules_per_token: Option<f64>,
+    /// Of the last step.
+    pub step_energy_j: Option<f64>,
 }
 
 impl Figures {
@@ -95,6 +103,12 @@ impl Figures {
                     set(&mut self.checkpoint_step, u64::try_from(value).ok().map(unless(u64::MAX)));
                 }
                 "MemoryBytes" => set(&mut self.memory_bytes, u64::try_from(value).ok()),
+                "Energy" => set(&mut self.energy_j, f64::try_from(value).ok().map(finite)),
+                "EnergyAboveIdle" => {
+                    set(&mut self.energy_above_idle_j, f64::try_from(value).ok().map(finite));
+                }
+                "JoulesPerToken" => set(&mut self.joules_per_token, f64::try_from(value).ok().map(finite)),
+                "StepEnergy" => set(&mut self.step_energy_j, f64::try_from(value).ok().map(finite)),
                 _ => {}
             }
         }
@@ -128,6 +142,10 @@ impl Figures {
             "attempts": self.attempts,
             "checkpoint_step": self.checkpoint_step,
             "memory_bytes": self.memory_bytes,
+            "energy_j": self.energy_j,
+            "energy_above_idle_j": self.energy_above_idle_j,
+            "joules_per_token": self.joules_per_token,
+            "step_energy_j": self.step_energy_j,
         })
     }
 
@@ -170,6 +188,21 @@ impl Figures {
         parts.join("  ")
     }
 
+    /// `12.3 Wh (9.10 Wh above idle), 0.31 J/token, 42 J in the last step`, as far as known.
+    pub fn energy(&self) -> String {
+        let hours = |joules: f64| format!("{} Wh", significant(joules / 3600.0, 3));
+        let Some(gross) = self.energy_j else { return String::new() };
+        let mut parts = vec![match self.energy_above_idle_j {
+            Some(above) => format!("{} ({} above idle)", hours(gross), hours(above)),
+            None => hours(gross),
+        }];
+        parts.extend(self.joules_per_token.map(|joules| format!("{} J/token", significant(joules, 2))));
+        parts.extend(
+            self.step_energy_j.map(|joules| format!("{} J in the last step", significant(joules, 2))),
+        );
+        parts.join(", ")
+    }
+
     /// The page of `show`, without the head. `now_us` is the time, in microseconds since 1970.
     pub fn fields(&self, owner: &str, now_us: u64, zone: &TimeZone) -> Vec<(&'static str, String)> {
         let when = |us| format!("{} ({})", time(us, zone), ago(us, now_us));
@@ -190,6 +223,7 @@ impl Figures {
             ("Progress", self.total_steps.map_or_else(|| self.step.to_string(), share)),
             ("Loss", join(losses.into())),
             ("Speed", join(vec![speed, left])),
+            ("Energy", self.energy()),
             ("Checkpoint", text(self.checkpoint_step.map(|step| format!("step {step}")))),
             ("Memory", text((self.memory_bytes > 0).then(|| Bytes(self.memory_bytes).to_string()))),
             ("Attempts", self.attempts.to_string()),
@@ -337,6 +371,16 @@ mod tests {
         assert_eq!(time(u64::MAX, &TimeZone::UTC), format!("{} µs", u64::MAX));
         assert_eq!(ago(5_000_000, 65_000_000), "1 min 0 s ago");
         assert_eq!(ago(5_000_000, 0), "0.0 s ago");
+    }
+
+    #[test]
+    fn energy_as_far_as_it_is_known() {
+        let mut figures = Figures { joules_per_token: Some(0.3149), ..Figures::default() };
+        assert_eq!(figures.energy(), "", "no meter");
+        figures.energy_j = Some(44_400.0);
+        assert_eq!(figures.energy(), "12.3 Wh, 0.31 J/token");
+        (figures.energy_above_idle_j, figures.step_energy_j) = (Some(32_760.0), Some(41.6));
+        assert_eq!(figures.energy(), "12.3 Wh (9.10 Wh above idle), 0.31 J/token, 42 J in the last step");
     }
 
     #[test]

@@ -26,6 +26,9 @@ fn running() -> Figures {
         attempts: 1,
         checkpoint_step: Some(40),
         memory_bytes: 5 << 30,
+        energy_j: Some(44_400.0),
+        joules_per_token: Some(0.3149),
+        step_energy_j: Some(42.0),
         ..Figures::default()
     }
 }
@@ -82,7 +85,7 @@ fn clean(ran: Ran) -> String {
     ran.out
 }
 
-const NIGHT: &str = r#"{"id":"3f2a91c04d7e","name":"night","owner":1000,"state":"running","reason":null,"priority":0,"created_us":1699992740000000,"started_us":1699992800000000,"finished_us":null,"step":46,"total_steps":120,"epoch":0.77,"loss":1.23451,"eval_loss":1.301,"tokens_per_second":312.4,"progress":0.3833,"remaining_seconds":130,"attempts":1,"checkpoint_step":40,"memory_bytes":5368709120}"#;
+const NIGHT: &str = r#"{"id":"3f2a91c04d7e","name":"night","owner":1000,"state":"running","reason":null,"priority":0,"created_us":1699992740000000,"started_us":1699992800000000,"finished_us":null,"step":46,"total_steps":120,"epoch":0.77,"loss":1.23451,"eval_loss":1.301,"tokens_per_second":312.4,"progress":0.3833,"remaining_seconds":130,"attempts":1,"checkpoint_step":40,"memory_bytes":5368709120,"energy_j":44400.0,"energy_above_idle_j":null,"joules_per_token":0.3149,"step_energy_j":42.0}"#;
 
 #[tokio::test]
 async fn list() {
@@ -115,6 +118,7 @@ const NIGHT_PAGE: &str = "\
     Progress: step 46 of 120 (38 %), epoch 0.77
         Loss: 1.2345, 1.3010 held out
        Speed: 312 tok/s, 2 min 10 s left
+      Energy: 12.3 Wh, 0.31 J/token, 42 J in the last step
   Checkpoint: step 40
       Memory: 5.0 GiB
     Attempts: 1
@@ -385,7 +389,7 @@ running  46/120  loss 1.2345  eval 1.3010  312 tok/s  2 min 10 s left
 waiting (inhibited)  47/120  loss 1.1000  eval 1.3010  312 tok/s  2 min 10 s left
 running  120/120  loss 1.1000  eval 1.3010  312 tok/s  2 min 10 s left
 succeeded  120/120  loss 1.1000  eval 1.3010  312 tok/s
-night (3f2a91c04d7e) succeeded: 120 steps, loss 1.1000, held out 1.3010, 2 h 0 min after its start
+night (3f2a91c04d7e) succeeded: 120 steps, loss 1.1000, held out 1.3010, 2 h 0 min after its start, 12.3 Wh
 "
     );
     assert_eq!(

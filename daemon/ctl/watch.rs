@@ -20,7 +20,7 @@ use super::figures::{Figures, meaning, some, text_of};
 use super::records::losses;
 use super::{list, text};
 use crate::bus::{self, Dictionary, NAME, RunProxy};
-use crate::units::duration;
+use crate::units::{duration, significant};
 use clap::Args;
 use indicatif::ProgressStyle;
 use serde_json::json;
@@ -291,6 +291,9 @@ fn success(figures: &Figures) -> String {
         let length = Duration::from_micros(finished.saturating_sub(started));
         parts.push(format!("{} after its start", duration(length)));
     }
+    if let Some(energy) = figures.energy_j {
+        parts.push(format!("{} Wh", significant(energy / 3600.0, 3)));
+    }
     if figures.reason == "early-stopping" {
         parts.push("stopped early: no improvement any more".into());
     }
@@ -381,12 +384,13 @@ mod tests {
             eval_loss: Some(1.25),
             started_us: Some(1_000_000),
             finished_us: Some(131_000_000),
+            energy_j: Some(5_400.0),
             ..Figures::default()
         };
         assert_eq!(
             success(&figures),
             "night (0123456789ab) succeeded: 80 steps, loss 1.0000, held out 1.2500, 2 min 10 s after its start, \
-             stopped early: no improvement any more"
+             1.50 Wh, stopped early: no improvement any more"
         );
     }
 }

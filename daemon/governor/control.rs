@@ -233,6 +233,16 @@ impl State {
     pub fn level(&self) -> Level {
         self.level
     }
+
+    /// What is held in each of the zones of the last round, in their order; none in a zone without a limit.
+    pub fn set_points(&self, zones: &[Zone]) -> Vec<Option<Celsius>> {
+        let held = |i: usize, zone: &Zone| {
+            let number = zones[..i].iter().filter(|other| other.name == zone.name).count();
+            let known = self.zones.iter().find(|known| known.number == number && known.name == zone.name)?;
+            known.limits.map(|limits| Celsius(limits.set))
+        };
+        zones.iter().enumerate().map(|(i, zone)| held(i, zone)).collect()
+    }
 }
 
 /// A filtered value and the one before.

@@ -385,6 +385,17 @@ impl Ledger {
         self.sum(|(_, of)| of.as_ref() == Some(run))
     }
 
+    /// What every run took, over all nights.
+    pub fn runs(&self) -> BTreeMap<RunId, Entry> {
+        let mut runs: BTreeMap<RunId, Entry> = BTreeMap::new();
+        for ((_, run), entry) in &self.entries {
+            if let Some(run) = run {
+                runs.entry(run.clone()).or_default().add(entry);
+            }
+        }
+        runs
+    }
+
     /// The nights on record, in order.
     pub fn nights(&self) -> Vec<Date> {
         self.entries.keys().map(|(night, _)| *night).collect::<BTreeSet<_>>().into_iter().collect()
@@ -607,6 +618,8 @@ mod tests {
         ledger.sync().unwrap();
         for ledger in [ledger, Ledger::open(&path).unwrap()] {
             assert_eq!(ledger.run(&a), Entry { energy: Energy { metered: 2.0, ..joules(3.0) }, tokens: 30 });
+            let runs = [a.clone(), b.clone()].map(|id| (id.clone(), ledger.run(&id)));
+            assert_eq!(ledger.runs(), runs.into());
             assert_eq!(ledger.night(night("2026-11-24")).energy.gross, Joules(6.0));
             assert_eq!(ledger.night(night("2026-11-22")), Entry::default());
             assert_eq!(ledger.nights(), [night("2026-11-23"), night("2026-11-24")]);

@@ -55,10 +55,16 @@ pub struct View {
     pub temperature: Option<(Celsius, Celsius)>,
     /// Power of the counted rails.
     pub power: Option<Watts>,
-    /// Every thermal zone, and its temperature where it could be read.
-    pub zones: Vec<(String, Option<Celsius>)>,
-    /// Every rail, and its power where it could be read.
-    pub rails: Vec<(String, Option<Watts>)>,
+    /// Everything that was read.
+    pub readings: readings::Readings,
+    /// Temperature that is held in each zone of the readings, in their order; absent where none is.
+    pub set_points: Vec<Option<Celsius>>,
+    /// Power that is held.
+    pub power_limit: Option<Watts>,
+    /// Power of the machine at rest, once it has rested.
+    pub idle: Option<Watts>,
+    /// Cap that the power mode sets to the memory's clock, in hertz.
+    pub memory_clock_cap: Option<u64>,
     /// Energy that runs took this night, as the quota counts it; absent on a machine without a meter.
     pub night: Option<Joules>,
     /// The quota of a night.
@@ -78,8 +84,11 @@ impl Default for View {
             blind: false,
             temperature: None,
             power: None,
-            zones: Vec::new(),
-            rails: Vec::new(),
+            readings: readings::Readings::default(),
+            set_points: Vec::new(),
+            power_limit: None,
+            idle: None,
+            memory_clock_cap: None,
             night: None,
             quota: None,
             notes: Vec::new(),

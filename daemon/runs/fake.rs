@@ -46,6 +46,7 @@ pub fn queued(number: u8, owner: u32) -> RunView {
         attempts: 0,
         checkpoint_step: None,
         memory_bytes: 0,
+        energy: Default::default(),
     }
 }
 

@@ -19,16 +19,18 @@ use super::record::{self, Entry, Figures, Kind, Layout, Position, Record};
 use super::session::{self, Ended, Event as SessionEvent, Order, Pace, Session};
 use super::state::{Ask, Event, Refusal, State, Then};
 use super::view::{
-    Board, Change, Command, Details, Inhibition, Inhibitor, Reply, RequestError, Runs, Status, Submission,
+    Board, Change, Command, Details, Inhibition, Inhibitor, Mark, Reply, RequestError, RunEnergy, RunView,
+    Runs, Status, Submission,
 };
 use crate::checkpoint::FileError;
 use crate::clock::Clock;
 use crate::config::daemon::DaemonConfig;
 use crate::governor::Ruling;
 use crate::governor::door::Door;
+use crate::governor::energy;
 use crate::reason::Reason;
 use crate::scheduler::{Active, Candidate, Turn, turn};
-use crate::units::RunId;
+use crate::units::{Joules, RunId};
 use crate::worker::launch::Launcher;
 use crate::worker::protocol::{Finished, Report, Start};
 use std::collections::{BTreeMap, HashMap};
@@ -109,6 +111,11 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
             }
         }
     }
+    for (id, entry) in options.governor.booked() {
+        if let Some(run) = runs.get_mut(&id) {
+            run.energy = entry;
+        }
+    }
     if let Err(error) = inputs::sweep(&layout.inputs()) {
         tracing::warn!(%error, "inputs that no run uses were not removed");
     }
@@ -117,7 +124,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
     let (events, outbox) = mpsc::channel(256);
     let submitted = runs.values().map(|run: &Run| run.record.submitted).max().unwrap_or(0);
     let board = Board {
-        runs: runs.values().map(|run| (run.record.id.clone(), run.record.view(0))).collect(),
+        runs: runs.values().map(|run| (run.record.id.clone(), run.view())).collect(),
         status: Status { active: None, state: "idle", reason: None, device: String::new(), unfinished: 0 },
         inhibitors: Vec::new(),
         models: models.list(),
@@ -194,9 +201,12 @@ struct Run {
     not_before: Option<Instant>,
     /// How often in a row the disk refused its worker.
     refusals: u32,
-    /// When the last step was seen, and how many there were.
-    last_step: Option<(Instant, u64)>,
+    /// The end of the last step, unless something else has happened since.
+    last_step: Option<Mark>,
     memory: u64,
+    /// What it took in all, and in its last step.
+    energy: energy::Entry,
+    step_energy: Option<Joules>,
 }
 
 impl Run {
@@ -209,7 +219,14 @@ impl Run {
             refusals: 0,
             last_step: None,
             memory: 0,
+            energy: energy::Entry::default(),
+            step_energy: None,
         }
+    }
+
+    /// What everybody may see of it.
+    fn view(&self) -> RunView {
+        RunView { energy: RunEnergy::new(&self.energy, self.step_energy), ..self.record.view(self.memory) }
     }
 
     fn ready(&self, now: Instant) -> bool {
@@ -871,6 +888,7 @@ impl Owner {
 
     async fn report(&mut self, id: &RunId, report: Report) {
         let now = Instant::now();
+        let meter = self.options.governor.energy(self.options.clock.monotonic());
         let Some(run) = self.runs.get_mut(id) else { return };
         let figures = &mut run.record.figures;
         match report {
@@ -891,7 +909,9 @@ impl Owner {
             Report::Started(started) => {
                 figures.step = started.step;
                 figures.total_steps = started.total;
-                run.last_step = Some((now, started.step));
+                // Within a step: what it took before is not known here.
+                let energy = meter.filter(|_| started.within == 0);
+                run.last_step = Some(Mark { at: now, step: started.step, energy });
                 let position = Position { step: started.step, within: started.within };
                 run.record.advance(position);
                 if started.resumed {
@@ -908,7 +928,10 @@ impl Owner {
                 figures.epoch = step.epoch;
                 figures.loss = Some(step.loss).filter(|loss| loss.is_finite());
                 figures.tokens_per_second = Some(step.tokens_per_second).filter(|rate| rate.is_finite());
-                figures.paced(run.last_step.replace((now, step.step)), (now, step.step));
+                let mark = Mark { at: now, step: step.step, energy: meter };
+                let before = run.last_step.replace(mark);
+                figures.paced(before, mark);
+                run.step_energy = Mark::step_energy(before, mark);
                 self.show(id, Change::Figures(id.clone()));
                 self.write_figures(id, false).await;
             }
@@ -1035,6 +1058,19 @@ impl Owner {
         }
         if let Some(id) = self.active.as_ref().map(|active| active.id.clone()) {
             self.write_figures(&id, false).await;
+        }
+        self.show_energy();
+    }
+
+    /// Shows what runs took since it was looked at last.
+    fn show_energy(&mut self) {
+        for (id, entry) in self.options.governor.booked() {
+            let Some(run) = self.runs.get_mut(&id) else { continue };
+            let before = RunEnergy::new(&std::mem::replace(&mut run.energy, entry), None);
+            // Without a meter there is nothing to tell each second.
+            if before != RunEnergy::new(&run.energy, None) {
+                self.show(&id, Change::Figures(id.clone()));
+            }
         }
     }
 
@@ -1388,7 +1424,7 @@ impl Owner {
         if run.unsaved {
             return;
         }
-        self.handle.board().runs.insert(id.clone(), run.record.view(run.memory));
+        self.handle.board().runs.insert(id.clone(), run.view());
         self.tell(change);
     }
 
@@ -1444,9 +1480,9 @@ impl Record {
 
 impl Figures {
     /// Takes the time between two steps into the average.
-    fn paced(&mut self, before: Option<(Instant, u64)>, (now, step): (Instant, u64)) {
-        let Some((then, from)) = before.filter(|(_, from)| *from < step) else { return };
-        let seconds = (now - then).as_secs_f64() / (step - from) as f64;
+    fn paced(&mut self, before: Option<Mark>, now: Mark) {
+        let Some(before) = before.filter(|before| before.step < now.step) else { return };
+        let seconds = (now.at - before.at).as_secs_f64() / (now.step - before.step) as f64;
         self.seconds_per_step = Some(match self.seconds_per_step {
             Some(average) => average + (seconds - average) / 8.0,
             None => seconds,

@@ -248,7 +248,7 @@ impl Record {
         }
     }
 
-    /// What everybody may see of it.
+    /// What everybody may see of it, but for its energy.
     pub fn view(&self, memory_bytes: u64) -> RunView {
         let figures = &self.figures;
         let left = figures.total_steps.saturating_sub(figures.step);
@@ -274,6 +274,7 @@ impl Record {
             attempts: self.attempts,
             checkpoint_step: figures.checkpoint_step,
             memory_bytes,
+            energy: super::view::RunEnergy::default(),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use super::state::{Ask, Refusal, State};
 use crate::config::daemon::DaemonConfig;
+use crate::governor::energy::{Energy, Entry};
 use crate::reason::Reason;
-use crate::units::RunId;
+use crate::units::{Joules, RunId};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -70,6 +71,59 @@ pub struct RunView {
     pub checkpoint_step: Option<u64>,
     /// Resident memory of the worker, in bytes; 0 without one.
     pub memory_bytes: u64,
+    /// What it took.
+    pub energy: RunEnergy,
+}
+
+/// What a run took, as far as a meter saw it: nothing is known without one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RunEnergy {
+    /// All that the machine took while the run's worker computed, over all attempts.
+    pub gross: Option<Joules>,
+    /// What of it the idle machine would not have taken; absent while the power of the idle machine is not known.
+    pub above_idle: Option<Joules>,
+    /// Gross, per token that was trained on (again, after a crash, counts again).
+    pub per_token: Option<Joules>,
+    /// Gross, from the end of the step before to the end of the last one; absent where that is not one step's work: after
+    /// a wait, an evaluation, or the beginning of an attempt within a step.
+    pub last_step: Option<Joules>,
+}
+
+impl RunEnergy {
+    /// Of a run's entry in the ledger, and of its last step.
+    pub fn new(entry: &Entry, last_step: Option<Joules>) -> RunEnergy {
+        let Entry { energy, tokens } = entry;
+        if energy.metered == 0.0 {
+            return RunEnergy { last_step, ..RunEnergy::default() };
+        }
+        RunEnergy {
+            gross: Some(energy.gross),
+            above_idle: (energy.idle.0 > 0.0).then(|| energy.counted(false)),
+            per_token: energy.per_token(*tokens, true),
+            last_step,
+        }
+    }
+}
+
+/// Where a run stood at the end of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Mark {
+    /// When.
+    pub at: tokio::time::Instant,
+    /// Completed steps.
+    pub step: u64,
+    /// What the machine had taken; absent without a meter, and where the step had begun before.
+    pub energy: Option<Energy>,
+}
+
+impl Mark {
+    /// What the step between two marks took. Readings correct what was taken to go on, by less than a reading's time of
+    /// power: a step that is shorter may come out as nothing.
+    pub fn step_energy(before: Option<Mark>, now: Mark) -> Option<Joules> {
+        let before = before.filter(|before| before.step + 1 == now.step)?;
+        let spent = now.energy? - before.energy?;
+        (spent.unmetered == 0.0).then(|| Joules(spent.gross.0.max(0.0)))
+    }
 }
 
 /// What only the owner of a run, or who may manage all, gets to see.
@@ -429,5 +483,44 @@ impl Runs {
         if self.commands.send(Command::Shutdown(reason, done)).await.is_ok() {
             let _ = finished.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    fn joules(gross: f64) -> Energy {
+        Energy { gross: Joules(gross), metered: 1.0, ..Energy::default() }
+    }
+
+    #[test]
+    fn energy_is_known_where_a_meter_saw_it() {
+        let entry = |energy, tokens| Entry { energy, tokens };
+        assert_eq!(RunEnergy::new(&Entry::default(), None), RunEnergy::default());
+        let blind = Energy { unmetered: 9.0, ..Energy::default() };
+        assert_eq!(RunEnergy::new(&entry(blind, 7), None), RunEnergy::default());
+        let first = RunEnergy::new(&entry(joules(30.0), 0), None);
+        assert_eq!((first.gross, first.above_idle, first.per_token), (Some(Joules(30.0)), None, None));
+        let known = Energy { idle: Joules(10.0), ..joules(30.0) };
+        let known = RunEnergy::new(&entry(known, 60), Some(Joules(2.0)));
+        assert_eq!((known.above_idle, known.per_token), (Some(Joules(20.0)), Some(Joules(0.5))));
+        assert_eq!(known.last_step, Some(Joules(2.0)));
+    }
+
+    #[test]
+    fn a_step_is_the_difference_of_two_totals() {
+        let at = Instant::now();
+        let mark = |step, energy| Mark { at, step, energy };
+        let step = |before, now| Mark::step_energy(Some(before), now);
+        assert_eq!(step(mark(3, Some(joules(10.0))), mark(4, Some(joules(14.5)))), Some(Joules(4.5)));
+        assert_eq!(step(mark(3, Some(joules(10.0))), mark(5, Some(joules(14.5)))), None, "two steps");
+        assert_eq!(step(mark(3, None), mark(4, Some(joules(14.5)))), None, "it began before");
+        assert_eq!(step(mark(3, Some(joules(10.0))), mark(4, None)), None, "the meter fell silent");
+        let gap = Energy { unmetered: 7.0, ..joules(14.0) };
+        assert_eq!(step(mark(3, Some(joules(10.0))), mark(4, Some(gap))), None, "a part was not seen");
+        assert_eq!(step(mark(3, Some(joules(10.0))), mark(4, Some(joules(9.9)))), Some(Joules(0.0)));
+        assert_eq!(Mark::step_energy(None, mark(4, Some(joules(1.0)))), None);
     }
 }

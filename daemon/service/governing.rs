@@ -41,6 +41,9 @@ const SLEPT: Duration = Duration::from_secs(5);
 /// How often, at 50 ms, the end of the thread is looked for: an interval is at most a second.
 const LAST_ROUNDS: u32 = 40;
 
+/// Rounds between two looks at the cap of the memory's clock.
+const CAP_ROUNDS: u32 = 20;
+
 /// Smallest duty that a permit carries.
 const SMALLEST_DUTY: f64 = 0.01;
 
@@ -78,12 +81,14 @@ impl Governing {
             booked: (Energy::default(), 0),
             idle_since: Some(Duration::ZERO),
             last: None,
+            memory_clock_cap: (0, None),
         };
         let (ruling, view) = rounds.round(&Activity::default());
         for note in &view.notes {
             tracing::warn!("governor: {note}");
         }
         let (bench, door) = door::pair(ruling, clock.monotonic());
+        bench.account(&rounds.meter, rounds.ledger.runs());
         let (set_view, view) = watch::channel(Arc::new(view));
         let ending = Arc::new(AtomicBool::new(false));
         let told = ending.clone();
@@ -97,7 +102,10 @@ impl Governing {
                 }
                 let interval = lock(&rounds.config).board.interval;
                 rounds.clock.sleep(interval);
-                let (ruling, view) = rounds.round(&bench.activity());
+                let activity = bench.activity();
+                let (ruling, view) = rounds.round(&activity);
+                let took = activity.run.map(|run| (run.clone(), rounds.ledger.run(&run)));
+                bench.account(&rounds.meter, took);
                 bench.rule(ruling, rounds.clock.monotonic());
                 tell(&set_view, &view);
                 set_view.send_replace(Arc::new(view));
@@ -156,6 +164,8 @@ struct Rounds {
     idle_since: Option<Duration>,
     /// The last round, on both clocks.
     last: Option<(Duration, SystemTime)>,
+    /// Rounds until the cap of the memory's clock is read again, and the cap.
+    memory_clock_cap: (u32, Option<u64>),
 }
 
 impl Rounds {
@@ -201,6 +211,10 @@ impl Rounds {
         ruling.hold = outside.or(spent).or(ruling.hold);
         ruling.spent = spent_run;
         let mut view = view(self.sensors.board().name, &readings, &decision);
+        view.set_points = self.state.set_points(&readings.zones);
+        view.power_limit = budget.power;
+        view.idle = self.meter.idle();
+        view.memory_clock_cap = self.memory_clock_cap();
         if ruling.hold.is_some() {
             (view.duty, view.reason) = (0.0, ruling.hold);
         }
@@ -222,6 +236,16 @@ impl Rounds {
         if let Err(error) = self.ledger.flush(now) {
             tracing::warn!("{error}");
         }
+    }
+
+    /// The cap of the memory's clock: it changes with the power mode, which is seldom.
+    fn memory_clock_cap(&mut self) -> Option<u64> {
+        let (rounds, cap) = &mut self.memory_clock_cap;
+        match rounds.checked_sub(1) {
+            Some(left) => *rounds = left,
+            None => (*rounds, *cap) = (CAP_ROUNDS, self.sensors.limits().memory),
+        }
+        *cap
     }
 
     /// Share of the machine's cores on which a worker computes.
@@ -275,10 +299,8 @@ fn view(board: &str, readings: &Readings, decision: &Decision) -> View {
         blind: decision.blind,
         temperature: decision.temperature,
         power: readings.power.and_then(|power| power.value()),
-        zones: readings.zones.iter().map(|zone| (zone.name.clone(), zone.temperature.value())).collect(),
-        rails: readings.rails.iter().map(|rail| (rail.name.clone(), rail.power.value())).collect(),
-        night: None,
-        quota: None,
+        readings: readings.clone(),
         notes: decision.notes.iter().map(ToString::to_string).collect(),
+        ..View::default()
     }
 }

@@ -183,6 +183,7 @@ pub(super) mod tests {
             attempts: 1,
             checkpoint_step: None,
             memory_bytes: 0,
+            energy: Default::default(),
         }
     }
 
