@@ -48,6 +48,8 @@ reasons! {
     MemoryPressure = "memory-pressure",
     /// It is not the time for training.
     OutsideWindow = "outside-window",
+    /// Settings that were made earlier cannot be kept to.
+    SettingsLost = "settings-lost",
     /// No external power.
     OnBattery = "on-battery",
     /// The battery is low.

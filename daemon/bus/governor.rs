@@ -3,12 +3,15 @@
 use super::Context;
 use super::Dictionary;
 use super::authority::Action;
+use super::budget::{self, BudgetRequest};
 use super::error::Result;
 use super::input::{Options, name};
 use super::manager::{MAX_NAME, MAX_WHY};
 use crate::governor::View;
 use crate::runs::Inhibition;
+use std::collections::HashMap;
 use zbus::message::Header;
+use zbus::object_server::SignalEmitter;
 use zbus::{Connection, OwnedFd, Variant, interface};
 
 /// What there are several of.
@@ -127,6 +130,56 @@ impl Governor {
         }
         Ok(readings)
     }
+
+    /// Every key of `[budget]`, `[window]` and `[conditions]`, in the order of the documentation: `Key` (s:
+    /// `section.key`), `Value`, `Default`, `Files` (s, TOML: in force, when nobody says anything, without what was set),
+    /// `Source` (s: `default`, `file`, `set`, `runtime`), `Place` (s: `FILE:LINE` of `file`), and where it was set, `Uid`
+    /// (u) and `Time` (t, microseconds since 1970).
+    #[zbus(out_args("budget"))]
+    async fn get_budget(&self) -> Result<Vec<Dictionary>> {
+        let entries = self.context.budget.entries().borrow().clone();
+        entries.iter().map(budget::dictionary).collect()
+    }
+
+    /// Gives keys other values: all of them or none. `changes` has values in TOML, or as bare words, by `section.key`; an
+    /// empty one takes the key back. Options: `runtime` (b: until the daemon starts again).
+    async fn set_budget(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        changes: HashMap<String, String>,
+        options: Dictionary,
+    ) -> Result<()> {
+        let caller = self.context.authority.allow(Action::Configure, &header, connection).await?;
+        let mut options = Options::new(options);
+        let runtime = options.take::<bool>("runtime")?.unwrap_or(false);
+        options.finish()?;
+        let given = |value: String| Some(value).filter(|value| !value.trim().is_empty());
+        let changes = changes.into_iter().map(|(key, value)| (key, given(value))).collect();
+        Ok(self.context.budget.request(BudgetRequest::Change { changes, runtime }, caller.uid).await?)
+    }
+
+    /// Takes keys back: the values of the files are in force again. No keys are all keys.
+    async fn reset_budget(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        keys: Vec<String>,
+    ) -> Result<()> {
+        let caller = self.context.authority.allow(Action::Configure, &header, connection).await?;
+        let request = match &keys[..] {
+            [] => BudgetRequest::Clear,
+            _ => BudgetRequest::Change {
+                changes: keys.into_iter().map(|key| (key, None)).collect(),
+                runtime: false,
+            },
+        };
+        Ok(self.context.budget.request(request, caller.uid).await?)
+    }
+
+    /// The values of these keys, or where they come from, have changed.
+    #[zbus(signal)]
+    pub(super) async fn budget_changed(emitter: &SignalEmitter<'_>, keys: Vec<String>) -> zbus::Result<()>;
 
     /// The board's name.
     #[zbus(property(emits_changed_signal = "const"))]

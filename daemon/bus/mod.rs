@@ -14,6 +14,7 @@
 //! `docs/dbus/` describes the interface; a test compares it with what is served.
 
 pub mod authority;
+pub mod budget;
 pub mod error;
 pub mod governor;
 mod input;
@@ -27,6 +28,7 @@ mod slots;
 #[cfg(test)]
 mod tests;
 
+pub use budget::{BudgetBook, BudgetError, BudgetRequest};
 pub use error::Error;
 pub use governor::GovernorProxy;
 pub use log_control::{LogSwitch, LogTarget};
@@ -59,6 +61,8 @@ struct Context {
     runs: Runs,
     /// What the governor sees and decides.
     governor: watch::Receiver<Arc<View>>,
+    /// What may be taken, and who changes it.
+    budget: Arc<dyn BudgetBook>,
     authority: Arc<authority::Authority>,
     waits: Arc<slots::Slots>,
 }

@@ -8,6 +8,7 @@
 //!               signal is a second old;  │   none when nothing does
 //!               else when it will be     ┘
 //!   Status   ─► at once: PropertiesChanged of the manager
+//!   budget   ─► at once: BudgetChanged of the governor
 //!   (lagged) ─► all of it, from the views
 //! ```
 //!
@@ -16,11 +17,14 @@
 //! given up.
 
 use super::error::{Error, Result};
-use super::{Context, ROOT, manager, run};
+use super::governor::Governor;
+use super::{Context, ROOT, budget, manager, run};
+use crate::config::settings::Entry;
 use crate::runs::{Change, RunView, Status};
 use crate::units::RunId;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout};
@@ -71,6 +75,7 @@ struct Publisher<'a> {
     pace: Pace,
     shown: BTreeMap<RunId, Shown>,
     status: Status,
+    budget: Arc<Vec<Entry>>,
     /// Runs with figures that have not been told, and when they will be.
     due: BTreeMap<RunId, Instant>,
 }
@@ -80,6 +85,7 @@ enum Next {
     Tell(Change),
     Resync,
     Due,
+    Budget(Arc<Vec<Entry>>),
     Probe,
 }
 
@@ -95,7 +101,9 @@ pub(super) async fn publish(
 ) -> Ended {
     let at = Instant::now();
     let shown = views.into_iter().map(|view| (view.id.clone(), Shown { view, at })).collect();
-    let mut publisher = Publisher { connection, context, pace, shown, status, due: BTreeMap::new() };
+    let mut entries = context.budget.entries();
+    let budget = entries.borrow_and_update().clone();
+    let mut publisher = Publisher { connection, context, pace, shown, status, budget, due: BTreeMap::new() };
     let mut probe = interval_at(at + pace.probe, pace.probe);
     probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -111,6 +119,7 @@ pub(super) async fn publish(
                 }
             },
             () = at_time(due) => Next::Due,
+            Ok(()) = entries.changed() => Next::Budget(entries.borrow_and_update().clone()),
             _ = probe.tick() => Next::Probe,
         };
         match timeout(pace.send, publisher.follow(next)).await {
@@ -177,6 +186,15 @@ impl Publisher<'_> {
                     self.tell(&view.id).await?;
                 }
                 self.tell_status().await
+            }
+            Next::Budget(now) => {
+                let keys = budget::differing(&self.budget, &now);
+                self.budget = now;
+                if keys.is_empty() {
+                    return Ok(());
+                }
+                let emitter = SignalEmitter::new(self.connection, ROOT)?;
+                Ok(Governor::budget_changed(&emitter, keys).await?)
             }
             // Takes the lock that every sender holds while it writes: it is free when messages get through.
             Next::Probe => {

@@ -10,6 +10,7 @@
 //! then ends, and systemd starts it again.
 
 use super::authority::{Authority, Origin};
+use super::budget::BudgetBook;
 use super::governor::Governor;
 use super::log_control::{self, LogControl, LogSwitch};
 use super::manager::Manager;
@@ -111,6 +112,7 @@ pub enum ServeError {
 pub struct Service {
     pub(super) runs: Runs,
     pub(super) governor: watch::Receiver<Arc<View>>,
+    pub(super) budget: Arc<dyn BudgetBook>,
     pub(super) authorization: AuthorizationConfig,
     pub(super) waits: Arc<Slots>,
     pub(super) log: Arc<dyn LogSwitch>,
@@ -122,12 +124,13 @@ impl Service {
     pub fn new(
         runs: Runs,
         governor: watch::Receiver<Arc<View>>,
+        budget: Arc<dyn BudgetBook>,
         authorization: AuthorizationConfig,
         limits: &LimitsConfig,
         log: Arc<dyn LogSwitch>,
     ) -> Service {
         let waits = Arc::new(Slots::new(limits.waits_per_sender, WAITS));
-        Service { runs, governor, authorization, waits, log, pace: Pace::default() }
+        Service { runs, governor, budget, authorization, waits, log, pace: Pace::default() }
     }
 }
 
@@ -169,6 +172,7 @@ impl Server {
         let context = Context {
             runs: service.runs.clone(),
             governor: service.governor.clone(),
+            budget: service.budget.clone(),
             authority: Arc::new(Authority::new(service.authorization.clone(), origin)),
             waits: service.waits.clone(),
         };

@@ -52,6 +52,10 @@ pub struct Conditions {
     pub maximum_load: Option<f64>,
 }
 
+/// The names of `[board] name`: one for each table of `governor::sensors::board`, where a test compares them.
+pub const BOARDS: &[&str] =
+    &["agx-orin-64gb", "agx-orin-32gb", "agx-orin-industrial", "orin-nx", "orin-nano", "generic"];
+
 /// `[board]`: what the machine is, where the probe is wrong.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Board {

@@ -1,6 +1,7 @@
 //! The daemon's configuration. `docs/configuration.md` documents every key.
 
 use super::budget::{Board, Budget, Conditions, Window};
+use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +27,43 @@ pub struct DaemonConfig {
     pub conditions: Conditions,
     /// `[board]`
     pub board: Board,
+    /// Why nothing may compute, whatever the keys say: settings that were made earlier are lost. No key.
+    pub settings_lost: Option<String>,
+}
+
+/// Less memory than this, left to others, is told: an idle desktop takes more.
+const LITTLE_MEMORY: Bytes = Bytes(256 << 20);
+/// A smallest charge below this is told: batteries suffer from less, and what is left may not bring a robot home.
+const LITTLE_CHARGE: f64 = 0.1;
+
+impl DaemonConfig {
+    /// Which keys leave little or nothing of a protection, in words. Allowed, and never silent.
+    pub fn cautions(&self) -> Vec<String> {
+        let mut cautions = Vec::new();
+        let Board { power_factor, power_offset, .. } = self.board;
+        if power_factor < 1.0 || power_offset.0 < 0.0 {
+            cautions.push(format!(
+                "[board] power_factor = {power_factor} and power_offset = {power_offset} count less power than the rails say: \
+                 limits of power and energy hold less"
+            ));
+        }
+        if self.budget.memory_floor < LITTLE_MEMORY {
+            cautions.push(format!(
+                "[budget] memory_floor = {} leaves little memory to everybody else",
+                self.budget.memory_floor
+            ));
+        }
+        if self.conditions.minimum_battery < LITTLE_CHARGE {
+            let percent = self.conditions.minimum_battery * 100.0;
+            cautions.push(format!(
+                "[conditions] minimum_battery lets training drain a battery to {percent:.0} %"
+            ));
+        }
+        if !self.window.quiet.is_empty() && self.window.quiet_fan >= 1.0 {
+            cautions.push("[window] quiet_fan = 1 makes quiet hours hold nothing".into());
+        }
+        cautions
+    }
 }
 
 /// `[storage]`: where things lie.

@@ -26,6 +26,8 @@ pub enum Place {
     Override(String),
     /// The file as a whole: something is absent.
     Whole(String),
+    /// What the caller has just asked for, who knows where that stands.
+    Request,
 }
 
 impl fmt::Display for Place {
@@ -34,6 +36,7 @@ impl fmt::Display for Place {
             Place::File { file, line, column } => write!(f, "{file}:{line}:{column}"),
             Place::Override(text) => write!(f, "--set {text}"),
             Place::Whole(file) => f.write_str(file),
+            Place::Request => Ok(()),
         }
     }
 }
@@ -53,7 +56,9 @@ pub struct Mistake {
 
 impl fmt::Display for Mistake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.place)?;
+        if self.place != Place::Request {
+            write!(f, "{}: ", self.place)?;
+        }
         match (self.key.as_str(), &self.value) {
             ("", _) => write!(f, "{}", self.problem),
             (key, None) => write!(f, "{key}: {}", self.problem),
@@ -137,6 +142,8 @@ pub struct Document {
     /// Section headers, by name, for complaints about sections that nobody knows.
     sections: BTreeMap<String, Place>,
     asked: Vec<(&'static str, &'static str)>,
+    /// Where those stand that were asked for and there.
+    taken: Vec<(&'static str, &'static str, Place)>,
     mistakes: Vec<Mistake>,
     broken: bool,
 }
@@ -151,6 +158,7 @@ impl Document {
             entries: BTreeMap::new(),
             sections: BTreeMap::new(),
             asked: Vec::new(),
+            taken: Vec::new(),
             mistakes: Vec::new(),
             broken: false,
         };
@@ -197,8 +205,16 @@ impl Document {
             return self.complain(place, "", "expected section.key=value, such as train.max_steps=10".into());
         };
         let (path, raw) = (path.trim(), raw.trim());
-        let Some((section, key)) = path.split_once('.') else {
+        if !path.contains('.') {
             return self.complain(place, path, "expected section.key, such as train.max_steps".into());
+        }
+        self.insert(path, raw, place);
+    }
+
+    /// Gives a key, `section.key`, a value as an override has it: TOML, or a bare word.
+    pub fn insert(&mut self, path: &str, raw: &str, place: Place) {
+        let Some((section, key)) = path.split_once('.') else {
+            return self.complain(place, path, "expected section.key".into());
         };
         let value = match DeValue::parse(raw) {
             Ok(value) => Value::from_toml(value.get_ref()),
@@ -240,7 +256,14 @@ impl Document {
     /// Takes a key out of the document.
     pub fn take(&mut self, section: &'static str, key: &'static str) -> Option<Entry> {
         self.asked.push((section, key));
-        self.entries.remove(&(section.to_string(), key.to_string()))
+        let entry = self.entries.remove(&(section.to_string(), key.to_string()))?;
+        self.taken.push((section, key, entry.place.clone()));
+        Some(entry)
+    }
+
+    /// Where the keys stand that were taken so far.
+    pub fn taken(&self) -> &[(&'static str, &'static str, Place)] {
+        &self.taken
     }
 
     /// Two keys of which at most one may be given. An override of one replaces the other where that stands in the
@@ -311,7 +334,7 @@ impl Document {
         self.mistakes.sort_by_key(|mistake| match &mistake.place {
             Place::Whole(_) => (0, 0, 0),
             Place::File { line, column, .. } => (1, *line, *column),
-            Place::Override(_) => (2, 0, 0),
+            Place::Override(_) | Place::Request => (2, 0, 0),
         });
         self.mistakes
     }

@@ -9,7 +9,7 @@
 //! replaces the one of the same name in `/usr/lib`. A missing file is an empty one, unless it was asked for by name.
 //! Mistakes are collected over all files; with one, there is no configuration.
 
-use super::budget::{Board, Budget, Conditions, Window};
+use super::budget::{BOARDS, Board, Budget, Conditions, Window};
 use super::daemon::*;
 use super::document::{Document, Entry, Mistake, Place, Value, nearest};
 use super::times::Hours;
@@ -121,6 +121,7 @@ impl DaemonConfig {
             window: Window::default(),
             conditions: Conditions::default(),
             board: Board::default(),
+            settings_lost: None,
         }
     }
 
@@ -133,6 +134,29 @@ impl DaemonConfig {
         mode: Mode,
         environment: Environment<'_>,
     ) -> Result<DaemonConfig, ConfigError> {
+        Loaded::load(file, mode, environment).map(|loaded| loaded.config)
+    }
+}
+
+/// A configuration, and where its keys come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// What is in force.
+    pub config: DaemonConfig,
+    /// Where each key stands, `section.key`, that a file gives.
+    pub places: BTreeMap<String, Place>,
+}
+
+impl Loaded {
+    /// As [`DaemonConfig::load`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(
+        file: Option<&Path>,
+        mode: Mode,
+        environment: Environment<'_>,
+    ) -> Result<Loaded, ConfigError> {
         let files = match file {
             Some(file) => vec![(file.to_path_buf(), true)],
             None => {
@@ -148,27 +172,57 @@ impl DaemonConfig {
             }
         };
         let mut config = DaemonConfig::defaults(mode, environment);
-        let mut mistakes = Vec::new();
+        let (mut mistakes, mut places) = (Vec::new(), BTreeMap::new());
         for (path, required) in &files {
             match read(path) {
-                Ok(text) => config.apply(&text, &path.display().to_string(), &mut mistakes),
+                Ok(text) => {
+                    let file = path.display().to_string();
+                    places.extend(config.apply(&text, &file, &mut mistakes));
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound && !required => {}
                 Err(source) => return Err(ConfigError::Read { path: path.clone(), source }),
             }
         }
         let all = files.first().map_or(NAME.to_string(), |(path, _)| path.display().to_string());
-        config.check(&all, &mut mistakes);
-        if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Invalid(mistakes)) }
+        config.check(&Place::Whole(all), &mut mistakes);
+        if mistakes.is_empty() { Ok(Loaded { config, places }) } else { Err(ConfigError::Invalid(mistakes)) }
     }
+}
 
-    /// Takes over what a file says.
-    fn apply(&mut self, text: &str, file: &str, mistakes: &mut Vec<Mistake>) {
+impl DaemonConfig {
+    /// Takes over what a file says; the keys, `section.key`, that it gives.
+    fn apply(&mut self, text: &str, file: &str, mistakes: &mut Vec<Mistake>) -> Vec<(String, Place)> {
         let mut document = Document::new(text, file, PAGE, &[]);
         if let Some(errors) = document.syntax_errors() {
-            return mistakes.extend(errors);
+            mistakes.extend(errors);
+            return Vec::new();
         }
         self.take(&mut document);
+        let taken = document.taken().iter();
+        let given = taken.map(|(section, key, place)| (format!("{section}.{key}"), place.clone())).collect();
         mistakes.extend(document.finish());
+        given
+    }
+
+    /// The configuration with single keys replaced: `section.key`, its value as an override has it, and where it was
+    /// given. `whole` is the place of what no single key can be blamed for.
+    ///
+    /// # Errors
+    /// Every mistake.
+    pub(super) fn with<'a>(
+        &self,
+        values: impl Iterator<Item = (&'a str, &'a str, Place)>,
+        whole: &Place,
+    ) -> Result<DaemonConfig, Vec<Mistake>> {
+        let mut document = Document::new("", "", PAGE, &[]);
+        for (key, value, place) in values {
+            document.insert(key, value, place);
+        }
+        let mut config = self.clone();
+        config.take(&mut document);
+        let mut mistakes = document.finish();
+        config.check(whole, &mut mistakes);
+        if mistakes.is_empty() { Ok(config) } else { Err(mistakes) }
     }
 
     /// Every key, in the order of `docs/configuration.md`.
@@ -212,15 +266,15 @@ impl DaemonConfig {
         keys.energy("budget", "energy_per_run", &mut budget.energy_per_run);
         keys.boolean("budget", "energy_gross", &mut budget.energy_gross);
         keys.size("budget", "memory_floor", &mut budget.memory_floor.0);
-        keys.number("budget", "duty_floor", 0.01..=0.9, &mut budget.duty_floor);
+        keys.share("budget", "duty_floor", 0.01..=0.9, &mut budget.duty_floor);
         let window = &mut self.window;
         keys.hours("window", "times", &mut window.times);
         keys.hours("window", "quiet", &mut window.quiet);
-        keys.number("window", "quiet_fan", 0.0..=1.0, &mut window.quiet_fan);
+        keys.share("window", "quiet_fan", 0.0..=1.0, &mut window.quiet_fan);
         let conditions = &mut self.conditions;
         keys.boolean("conditions", "external_power", &mut conditions.external_power);
-        keys.number("conditions", "minimum_battery", 0.0..=1.0, &mut conditions.minimum_battery);
-        keys.number("conditions", "maximum_gpu_load", 0.0..=1.0, &mut conditions.maximum_gpu_load);
+        keys.share("conditions", "minimum_battery", 0.0..=1.0, &mut conditions.minimum_battery);
+        keys.share("conditions", "maximum_gpu_load", 0.0..=1.0, &mut conditions.maximum_gpu_load);
         keys.load("conditions", "maximum_load", &mut conditions.maximum_load);
         let board = &mut self.board;
         keys.board("board", "name", &mut board.name);
@@ -231,10 +285,10 @@ impl DaemonConfig {
     }
 
     /// What no single key can be blamed for.
-    fn check(&self, file: &str, mistakes: &mut Vec<Mistake>) {
+    fn check(&self, whole: &Place, mistakes: &mut Vec<Mistake>) {
         let mut complain = |key: &str, problem: &str| {
             let (key, problem) = (key.to_string(), problem.to_string());
-            mistakes.push(Mistake { place: Place::Whole(file.into()), key, value: None, problem });
+            mistakes.push(Mistake { place: whole.clone(), key, value: None, problem });
         };
         if self.worker.backoff_limit < self.worker.backoff {
             complain("worker.backoff_limit", "is shorter than worker.backoff; make it at least as long");
@@ -264,6 +318,11 @@ impl DaemonConfig {
 
     /// Every key with the value in force, as TOML that reads back to the same.
     pub fn to_toml(&self) -> String {
+        self.to_toml_with(&|_| None)
+    }
+
+    /// The same with a remark beside some keys, `section.key`: one line of text each.
+    pub fn to_toml_with(&self, remark: &dyn Fn(&str) -> Option<String>) -> String {
         let mut text = String::new();
         let mut current = "";
         for (section, key, value) in self.keys() {
@@ -273,7 +332,9 @@ impl DaemonConfig {
                 let _ = writeln!(text, "{gap}[{section}]");
                 current = section;
             }
-            let _ = writeln!(text, "{key} = {value}");
+            let remark =
+                remark(&format!("{section}.{key}")).map_or(String::new(), |text| format!("  # {text}"));
+            let _ = writeln!(text, "{key} = {value}{remark}");
         }
         text
     }
@@ -285,9 +346,10 @@ impl DaemonConfig {
         differ.map(|((section, key, _), _)| format!("{section}.{key}")).collect()
     }
 
-    fn keys(&self) -> Vec<(&'static str, &'static str, String)> {
-        let DaemonConfig { storage, limits, worker, authorization, log, budget, window, conditions, board } =
-            self;
+    /// Every key: section, key, and the value as TOML.
+    pub(super) fn keys(&self) -> Vec<(&'static str, &'static str, String)> {
+        let DaemonConfig { storage, limits, worker, authorization, log, .. } = self;
+        let DaemonConfig { budget, window, conditions, board, .. } = self;
         let strings = |texts: &[String]| {
             format!("[{}]", texts.iter().map(|text| string(text)).collect::<Vec<_>>().join(", "))
         };
@@ -367,6 +429,17 @@ fn decimal(value: f64) -> String {
     let text = format!("{value:.6}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if text == "-0" { "0".into() } else { text.into() }
+}
+
+/// A share: a number, or a text of a percentage, within the range of the number.
+fn share(value: &Value, range: &RangeInclusive<f64>) -> Option<f64> {
+    match value {
+        Value::String(_) => {
+            let percent = quantity(value, "%", &(range.start() * 100.0..=range.end() * 100.0))?;
+            Some(percent / 100.0)
+        }
+        number => quantity(number, "", range),
+    }
 }
 
 /// A number, or a text of a number and this unit, within the range.
@@ -556,6 +629,18 @@ impl Keys<'_> {
         });
     }
 
+    fn share(
+        &mut self,
+        section: &'static str,
+        key: &'static str,
+        range: RangeInclusive<f64>,
+        value: &mut f64,
+    ) {
+        let allowed =
+            format!("a number from {} to {}, or a percentage such as \"30%\"", range.start(), range.end());
+        self.set(section, key, &allowed, value, |given| share(given, &range));
+    }
+
     fn celsius(
         &mut self,
         section: &'static str,
@@ -563,11 +648,8 @@ impl Keys<'_> {
         range: RangeInclusive<f64>,
         value: &mut Celsius,
     ) {
-        let allowed = format!("a number of °C from {} to {}", range.start(), range.end());
-        self.set(section, key, &allowed, value, |given| match given {
-            Value::String(_) => None,
-            number => quantity(number, "", &range).map(Celsius),
-        });
+        let allowed = format!("a number of °C from {} to {}, or \"80°C\"", range.start(), range.end());
+        self.set(section, key, &allowed, value, |given| quantity(given, "°C", &range).map(Celsius));
     }
 
     fn power(&mut self, section: &'static str, key: &'static str, value: &mut Option<Watts>) {
@@ -603,8 +685,11 @@ impl Keys<'_> {
 
     fn hours(&mut self, section: &'static str, key: &'static str, value: &mut Vec<String>) {
         let Some(entry) = self.document.take(section, key) else { return };
-        let Value::Array(items) = &entry.value else {
-            return self.wrong(section, key, &entry, "a list of strings such as \"22:00-06:00\"");
+        let items = match &entry.value {
+            Value::Array(items) => items.as_slice(),
+            // In a shell, one pair of hours needs no brackets.
+            one @ Value::String(_) if entry.override_text.is_some() => std::slice::from_ref(one),
+            _ => return self.wrong(section, key, &entry, "a list of strings such as \"22:00-06:00\""),
         };
         let mut read = Vec::new();
         for item in items {
@@ -622,22 +707,19 @@ impl Keys<'_> {
     }
 
     fn board(&mut self, section: &'static str, key: &'static str, value: &mut Option<String>) {
-        let allowed = "\"auto\", or the name of a board: 1 to 64 of a-z, 0-9, `_` and `-`";
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '-';
-        self.set(section, key, allowed, value, |given| match given {
-            Value::String(word) if word == AUTO => Some(None),
-            Value::String(name) if (1..=64).contains(&name.len()) && name.chars().all(plain) => {
-                Some(Some(name.clone()))
-            }
-            _ => None,
-        });
+        let names = BOARDS.iter().map(|name| (*name, Some(*name)));
+        let table: Vec<(&str, Option<&str>)> = std::iter::once((AUTO, None)).chain(names).collect();
+        let mut chosen = BOARDS.iter().copied().find(|name| Some(*name) == value.as_deref());
+        self.choice(section, key, &table, &mut chosen);
+        *value = chosen.map(str::to_string);
     }
 
     fn rails(&mut self, section: &'static str, key: &'static str, value: &mut Option<Vec<String>>) {
-        let allowed = "\"auto\", or a list of rails' labels";
+        // None at all would be a meter that reads nothing, and a limit of power that holds nothing.
+        let allowed = "\"auto\", or a list of rails' labels, one at least";
         self.set(section, key, allowed, value, |given| match given {
             Value::String(word) if word == AUTO => Some(None),
-            Value::Array(items) => items
+            Value::Array(items) if !items.is_empty() => items
                 .iter()
                 .map(|item| match item {
                     Value::String(label) if !label.is_empty() => Some(label.clone()),
@@ -830,7 +912,7 @@ mod tests {
             external_power = true
             maximum_load = 0.5
             [board]
-            name = "agx-orin"
+            name = "agx-orin-64gb"
             rails = ["VDD_GPU_SOC", "VDD_CPU_CV"]
             power_factor = 1.1
             power_offset = "-0.5W"
@@ -939,15 +1021,37 @@ zebra = 1
             ("[window]\ntimes = [\"22:00-26:00\"]\n", "\"22:00-26:00\": at character 7"),
             ("[conditions]\nminimum_battery = 30\n", "allowed: a number from 0 to 1"),
             ("[board]\ninterval = \"5s\"\n", "from 100 to 1000 ms"),
+            ("[board]\nrails = []\n", "one at least"),
+            ("[board]\nname = \"agx-orin-64\"\n", "\"generic\"; did you mean \"agx-orin-64gb\"?"),
+            (
+                "[window]\nquiet_fan = \"130%\"\n",
+                "allowed: a number from 0 to 1, or a percentage such as \"30%\"",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.len() == 1 && error[0].contains(words), "{error:?}");
         }
+        let units = parse("[budget]\ntemperature = \"80 °C\"\n[window]\nquiet_fan = \"25 %\"\n").unwrap();
+        assert_eq!((units.budget.temperature, units.window.quiet_fan), (Celsius(80.0), 0.25));
         let mut config = system();
         let mut mistakes = Vec::new();
         config.apply("[budget]\npower = 20\n", "a", &mut mistakes);
         config.apply("[budget]\npower = \"none\"\n", "b", &mut mistakes);
         assert_eq!((config.budget.power, mistakes.len()), (None, 0), "a drop-in takes a limit away");
+    }
+
+    #[test]
+    fn what_takes_a_protection_away_is_told() {
+        assert_eq!(system().cautions(), [""; 0], "out of the box nothing is off");
+        let all = "[budget]\nmemory_floor = \"1MiB\"\n[window]\nquiet = [\"22:00-06:00\"]\nquiet_fan = 1\n[conditions]\n\
+                   minimum_battery = 0\n[board]\npower_factor = 0.5\n";
+        let cautions = parse(all).unwrap().cautions();
+        let words = ["power_factor = 0.5", "memory_floor = 1.0 MiB", "to 0 %", "quiet_fan = 1"];
+        assert_eq!(cautions.len(), words.len());
+        for (caution, words) in cautions.iter().zip(words) {
+            assert!(caution.contains(words), "{caution}");
+        }
+        assert_eq!(parse("[board]\npower_offset = \"-1W\"\n").unwrap().cautions().len(), 1);
     }
 
     #[test]

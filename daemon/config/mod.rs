@@ -8,7 +8,7 @@
 //! range and default, `render` writes a spec back and says which keys determine a result.
 //!
 //! The daemon's own configuration goes the same way: `daemon` and `budget` hold the values, `load` finds the files and
-//! knows the keys, `times` reads hours of the week.
+//! knows the keys, `settings` lays single keys over them while the daemon runs, `times` reads hours of the week.
 
 pub mod budget;
 pub mod daemon;
@@ -16,8 +16,9 @@ mod document;
 mod load;
 mod render;
 mod resolve;
+pub mod settings;
 pub mod spec;
 pub mod times;
 
-pub use document::{Mistake, Place};
-pub use load::{ConfigError, Mode};
+pub use document::{Mistake, Place, nearest};
+pub use load::{ConfigError, Loaded, Mode};

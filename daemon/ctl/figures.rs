@@ -298,6 +298,7 @@ pub fn meaning(reason: &str) -> Option<&'static str> {
         "sensor-lost" => "a sensor that the budget needs is silent: `finetuned sensors` says which",
         "memory-pressure" => "memory is short",
         "outside-window" => "it is not the time for training: see `[window]`",
+        "settings-lost" => "what was set earlier is lost: `finetunectl budget show` says more",
         "on-battery" => "there is no external power",
         "battery-low" => "the battery is low",
         "busy" => "the machine is busy with something else",

@@ -16,6 +16,7 @@ use crate::governor::door::{self, Activity, Door};
 use crate::governor::energy::{self, Energy, Ledger, Meter, night_of};
 use crate::governor::readings::Readings;
 use crate::governor::sensors::Sensors;
+use crate::governor::sensors::board::BoardTable;
 use crate::governor::{Ruling, View};
 use crate::reason::Reason;
 use crate::scheduler::conditions::{Holds, Own, Schedule};
@@ -24,7 +25,7 @@ use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -53,7 +54,8 @@ pub struct Governing {
     pub door: Door,
     /// For the bus and the status line.
     pub view: watch::Receiver<Arc<View>>,
-    config: Arc<Mutex<DaemonConfig>>,
+    /// For who changes the budget.
+    pub dial: Dial,
     ending: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -70,8 +72,10 @@ impl Governing {
             );
         }
         let shared = Arc::new(Mutex::new(config.clone()));
+        let sensors = Sensors::open(&root, &config.board, clock.clone());
         let mut rounds = Rounds {
-            sensors: Sensors::open(&root, &config.board, clock.clone()),
+            machine: remarks(&sensors, &root),
+            sensors,
             config: shared.clone(),
             clock: clock.clone(),
             state: State::default(),
@@ -111,7 +115,7 @@ impl Governing {
                 set_view.send_replace(Arc::new(view));
             }
         })?;
-        Ok(Governing { door, view, config: shared, ending, thread })
+        Ok(Governing { door, view, dial: Dial(shared), ending, thread })
     }
 
     /// Ends the thread, with its ledger written. A thread that hangs in a driver is left behind.
@@ -125,10 +129,16 @@ impl Governing {
         }
         tracing::warn!("the governor's thread hangs: the last seconds of energy are not on record");
     }
+}
 
-    /// Takes over another budget. The board stays what it was at the start.
+/// Sets the governor's budget.
+#[derive(Clone, Debug)]
+pub struct Dial(Arc<Mutex<DaemonConfig>>);
+
+impl Dial {
+    /// Takes over another budget, from the next round on. The board stays what it was at the start.
     pub fn configure(&self, config: &DaemonConfig) {
-        let mut now = lock(&self.config);
+        let mut now = lock(&self.0);
         let board = now.board.clone();
         *now = DaemonConfig { board, ..config.clone() };
     }
@@ -136,6 +146,22 @@ impl Governing {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether it is this machine, as what it is, that is governed.
+fn remarks(sensors: &Sensors, root: &Path) -> Vec<String> {
+    let mut remarks = Vec::new();
+    if root != Path::new("/") {
+        remarks.push(format!(
+            "--sysfs-root: the sensors are files below {}, not this machine's",
+            root.display()
+        ));
+    }
+    let (taken, found) = (sensors.board().name, BoardTable::of(sensors.identity()).name);
+    if taken != found {
+        remarks.push(format!("[board] name = {taken:?}, but the machine says that it is {found:?}"));
+    }
+    remarks
 }
 
 /// Logs what is new and worth it.
@@ -152,6 +178,8 @@ fn tell(before: &watch::Sender<Arc<View>>, now: &View) {
 
 struct Rounds {
     sensors: Sensors,
+    /// What a person should know of the machine that is governed, as long as the daemon runs.
+    machine: Vec<String>,
     config: Arc<Mutex<DaemonConfig>>,
     clock: Arc<dyn Clock>,
     state: State,
@@ -178,6 +206,7 @@ impl Rounds {
         }
         self.begin_cautiously(computing, now);
         let config = lock(&self.config).clone();
+        let cautions = config.cautions();
         let mut budget = config.budget;
         let schedule = Schedule::new(&config.window);
         let local = Timestamp::try_from(wall).unwrap_or(Timestamp::UNIX_EPOCH);
@@ -208,7 +237,8 @@ impl Rounds {
 
         let mut ruling = ruling(&decision);
         // What lasts longest is said first.
-        ruling.hold = outside.or(spent).or(ruling.hold);
+        let lost = config.settings_lost.as_ref().map(|_| Reason::SettingsLost);
+        ruling.hold = lost.or(outside).or(spent).or(ruling.hold);
         ruling.spent = spent_run;
         let mut view = view(self.sensors.board().name, &readings, &decision);
         view.set_points = self.state.set_points(&readings.zones);
@@ -223,6 +253,11 @@ impl Rounds {
         view.notes.extend(self.clock.notice().map(str::to_string));
         if readings.power.is_none() && (budget.energy_per_night.or(budget.energy_per_run)).is_some() {
             view.notes.push("this machine has no power meter: no quota of energy is kept".into());
+        }
+        view.notes.extend(self.machine.iter().cloned().chain(cautions));
+        if let Some(why) = &config.settings_lost {
+            view.notes
+                .push(format!("nothing trains until `finetunectl budget reset`: settings are lost: {why}"));
         }
         (ruling, view)
     }

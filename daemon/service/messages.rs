@@ -43,6 +43,12 @@ messages! {
     INHIBITOR_RELEASED = "cfb5a43a2b92f2b9df69fe1c295880be";
     /// The configuration has mistakes.
     CONFIGURATION_REFUSED = "60a2e379788eb59812fd0623bf042bf8";
+    /// A key of the budget was changed over the bus.
+    BUDGET_CHANGED = "c69662488a338864ec5e0ab6c56ee043";
+    /// What was set over the bus earlier cannot be read, or does not go with the files.
+    SETTINGS_LOST = "72e6d14963c04ce60c361b04adbdddb9";
+    /// A run will not be done by its deadline.
+    DEADLINE_AT_RISK = "fa3188a3d1621a78fb9e4da78e2838fa";
 }
 
 #[cfg(test)]

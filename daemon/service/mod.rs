@@ -12,6 +12,7 @@
 //!               │ a second signal: end at once; the last checkpoint is intact
 //! ```
 
+mod budget;
 mod governing;
 mod log;
 mod messages;
@@ -23,12 +24,14 @@ use crate::checkpoint::{LockError, OutputLock};
 use crate::clock::simulated::{ClockFileError, SimulatedClock};
 use crate::clock::{Clock, SystemClock};
 use crate::config::daemon::{DaemonConfig, Launch, WorkerConfig};
-use crate::config::{ConfigError, Mode};
+use crate::config::settings::Layers;
+use crate::config::{ConfigError, Loaded, Mode};
 use crate::governor::View;
 use crate::reason::Reason;
 use crate::runs::{self, Change, Runs};
 use crate::worker::launch::{ChildLauncher, Launcher, SocketLauncher};
 use crate::worker::priorities::Priorities;
+use budget::Keeper;
 use governing::Governing;
 use log::Log;
 use notify::{Notifier, Watchdog, status_text};
@@ -89,7 +92,7 @@ impl ServiceArguments {
     }
 
     /// The configuration with what the command line replaces.
-    fn load(&self) -> Result<DaemonConfig, ConfigError> {
+    fn load(&self) -> Result<Loaded, ConfigError> {
         let replaced = |name: &str| match name {
             // A directory of the command line need not be known otherwise, for want of HOME.
             "STATE_DIRECTORY" if self.state_directory.is_some() => {
@@ -100,14 +103,14 @@ impl ServiceArguments {
             }
             name => std::env::var_os(name),
         };
-        let mut config = DaemonConfig::load(self.config.as_deref(), self.mode(), &replaced)?;
+        let mut loaded = Loaded::load(self.config.as_deref(), self.mode(), &replaced)?;
         if let Some(directory) = &self.state_directory {
-            config.storage.state_directory = directory.clone();
+            loaded.config.storage.state_directory = directory.clone();
         }
         if let Some(directory) = &self.cache_directory {
-            config.storage.cache_directory = directory.clone();
+            loaded.config.storage.cache_directory = directory.clone();
         }
-        Ok(config)
+        Ok(loaded)
     }
 
     /// The time by which is governed and recorded.
@@ -180,8 +183,8 @@ pub enum ServiceError {
 /// # Errors
 /// [`ServiceError`]: at the start, and when the bus is lost; the active run is saved then, too.
 pub fn run(arguments: ServiceArguments) -> Result<(), ServiceError> {
-    let config = match arguments.load() {
-        Ok(config) => config,
+    let files = match arguments.load() {
+        Ok(files) => files,
         Err(error) => {
             // For the journal; a person at a terminal reads the error that is returned.
             if under_systemd() && log::listen("info", None, true).is_ok() {
@@ -191,7 +194,7 @@ pub fn run(arguments: ServiceArguments) -> Result<(), ServiceError> {
         }
     };
     let directives = ["FINETUNED_LOG", "RUST_LOG"].iter().find_map(|name| std::env::var(name).ok());
-    let log = log::listen(&config.log.level, directives, under_systemd()).map_err(ServiceError::Log)?;
+    let log = log::listen(&files.config.log.level, directives, under_systemd()).map_err(ServiceError::Log)?;
     let fail = |action| move |source| ServiceError::Process { action, source };
     let notifier =
         Notifier::new(std::env::var_os("NOTIFY_SOCKET")).map_err(fail("reach the service manager"))?;
@@ -199,7 +202,7 @@ pub fn run(arguments: ServiceArguments) -> Result<(), ServiceError> {
         .enable_all()
         .build()
         .map_err(fail("start the runtime"))?;
-    let ended = runtime.block_on(serve(&arguments, config, log, notifier));
+    let ended = runtime.block_on(serve(&arguments, files, log, notifier));
     // A copy from a file system that hangs must not hold the daemon.
     runtime.shutdown_timeout(LAST_WAIT);
     ended
@@ -210,7 +213,7 @@ fn under_systemd() -> bool {
     std::env::var_os("JOURNAL_STREAM").is_some()
 }
 
-fn refuse(error: &ConfigError) {
+fn refuse(error: impl std::fmt::Display) {
     for line in error.to_string().lines() {
         tracing::error!(MESSAGE_ID = messages::CONFIGURATION_REFUSED, "the configuration is refused: {line}");
     }
@@ -218,22 +221,27 @@ fn refuse(error: &ConfigError) {
 
 async fn serve(
     arguments: &ServiceArguments,
-    config: DaemonConfig,
+    files: Loaded,
     log: Arc<Log>,
     mut notifier: Notifier,
 ) -> Result<(), ServiceError> {
     // Before anything that takes time: a signal from here on is answered, not deadly.
     let mut signals = Signals::listen()?;
-    let _lock = lock(&config)?;
+    let _lock = lock(&files.config)?;
+    let layers = Layers::open(files, arguments.mode());
+    budget::warn_of_loss(&layers);
+    let config = layers.config();
     let heartbeat = Arc::new(AtomicU64::new(0));
     let root = arguments.sysfs_root.clone().unwrap_or_else(|| PathBuf::from("/"));
     let clock = arguments.clock()?;
     let governing = Governing::start(&config, root, clock.clone())
         .map_err(|source| ServiceError::Process { action: "start the governor", source })?;
-    let runs = start_runs(&config, &governing, clock, heartbeat.clone())?;
+    let runs = start_runs(&config, &governing, clock.clone(), heartbeat.clone())?;
+    let keeper = Keeper::new(layers, governing.dial.clone(), runs.clone(), clock);
     let service = Service::new(
         runs.clone(),
         governing.view.clone(),
+        keeper.clone(),
         config.authorization.clone(),
         &config.limits,
         log.clone(),
@@ -263,7 +271,7 @@ async fn serve(
                 Asked::End => break None,
                 Asked::Reload => {
                     notifier.reloading();
-                    reload(arguments, &mut config, &log, &runs, &governing).await;
+                    reload(arguments, &mut config, &log, &runs, &keeper).await;
                     notifier.ready();
                 }
             },
@@ -478,11 +486,15 @@ async fn reload(
     config: &mut DaemonConfig,
     log: &Log,
     runs: &Runs,
-    governing: &Governing,
+    keeper: &Keeper,
 ) {
-    let new = match arguments.load() {
-        Ok(new) => new,
+    let files = match arguments.load() {
+        Ok(files) => files,
         Err(error) => return refuse(&error),
+    };
+    let new = match keeper.reload(files).await {
+        Ok(new) => new,
+        Err(problem) => return refuse(problem),
     };
     for key in config.differences(&new) {
         if key == "log.level" {
@@ -495,7 +507,6 @@ async fn reload(
             tracing::warn!("{key} has changed, and takes effect with the next start of the daemon");
         }
     }
-    governing.configure(&new);
     config.budget = new.budget.clone();
     config.window = new.window.clone();
     config.conditions = new.conditions.clone();
@@ -554,7 +565,7 @@ mod tests {
         let arguments = arguments(dir.path());
         let other = "[storage]\nstate_directory = \"/elsewhere\"\n";
         std::fs::write(dir.path().join("finetuned.toml"), other).unwrap();
-        let config = arguments.load().unwrap();
+        let config = arguments.load().unwrap().config;
         assert_eq!(config.storage.state_directory, dir.path().join("state"));
         assert_eq!(config.storage.cache_directory, dir.path().join("cache"));
     }
@@ -562,7 +573,7 @@ mod tests {
     #[test]
     fn a_second_daemon_is_told_of_the_first() {
         let dir = tempfile::tempdir().unwrap();
-        let config = arguments(dir.path()).load().unwrap();
+        let config = arguments(dir.path()).load().unwrap().config;
         let _first = lock(&config).unwrap();
         let error = lock(&config).unwrap_err().to_string();
         assert!(

@@ -125,7 +125,8 @@ fn assert_every_member_has_prose(text: &str, document: &Element, name: &str) {
         for child in &element.children {
             let called = child.attributes.get("name").map_or("", String::as_str);
             let place = format!("{place}/{called}");
-            let documents = matches!(child.tag.as_str(), "interface" | "method" | "arg" | "property");
+            let documents =
+                matches!(child.tag.as_str(), "interface" | "method" | "arg" | "property" | "signal");
             if documents && !child.children.iter().any(|e| e.tag == "doc:doc") {
                 bare.push(place.clone());
             }

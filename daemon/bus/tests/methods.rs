@@ -423,3 +423,47 @@ async fn a_sender_that_a_peer_makes_up_counts_for_nothing() {
         }
     }
 }
+
+#[tokio::test]
+async fn the_budget_is_read_by_all_and_changed_by_who_may_configure() {
+    let bench = Bench::new(Authorization::Group);
+    let eve = bench.client(EVE, &[]).await;
+    let governor = eve.governor().await;
+    let none = Dictionary::new;
+    let text = |entry: &Dictionary, name: &str| String::try_from(entry[name].try_clone().unwrap()).unwrap();
+    let power = async || {
+        let budget = governor.get_budget().await.unwrap();
+        budget.into_iter().find(|entry| text(entry, "Key") == "budget.power").unwrap()
+    };
+    let first = power().await;
+    assert_eq!(["Value", "Source", "Place"].map(|name| text(&first, name)), ["\"none\"", "default", ""]);
+    assert!(!first.contains_key("Uid"));
+    let change = |value: &str| HashMap::from([("budget.power".to_string(), value.to_string())]);
+    for (who, groups) in [(EVE, &[][..]), (ADA, &[MEMBERS])] {
+        eve.becomes(who, groups);
+        let (name, text) = refusal(governor.set_budget(change("25W"), none()).await);
+        assert_eq!(name, "NotAuthorized");
+        assert!(text.contains("may not change models or settings"), "{text}");
+        assert_eq!(refusal(governor.reset_budget(Vec::new()).await).0, "NotAuthorized");
+    }
+    eve.becomes(0, &[]);
+    let (name, text_of) = refusal(governor.set_budget(change("25V"), none()).await);
+    assert_eq!(name, "InvalidInput");
+    assert!(text_of.starts_with("budget.power = 25V: allowed: \"none\", or a power"), "{text_of}");
+    let (_, text_of) = refusal(governor.set_budget(change("25W"), options(&[("once", true.into())])).await);
+    assert_eq!(text_of, "\"once\" is no option: this call knows runtime");
+
+    governor.set_budget(change("25W"), none()).await.unwrap();
+    let set = power().await;
+    assert_eq!(["Value", "Files", "Source"].map(|name| text(&set, name)), ["\"25W\"", "\"none\"", "set"]);
+    assert_eq!((u32::try_from(&set["Uid"]), u64::try_from(&set["Time"])), (Ok(0), Ok(7)));
+    governor.set_budget(change("20W"), options(&[("runtime", true.into())])).await.unwrap();
+    assert_eq!(text(&power().await, "Source"), "runtime");
+    governor.set_budget(change(""), none()).await.unwrap();
+    assert_eq!(text(&power().await, "Source"), "default", "an empty value takes it back");
+    governor.set_budget(change("25W"), none()).await.unwrap();
+    assert_eq!(refusal(governor.reset_budget(vec!["budget.powr".into()]).await).0, "InvalidInput");
+    governor.reset_budget(vec!["budget.power".into()]).await.unwrap();
+    governor.reset_budget(Vec::new()).await.unwrap();
+    assert_eq!(text(&power().await, "Source"), "default");
+}

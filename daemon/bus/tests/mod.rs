@@ -7,11 +7,14 @@ mod peers;
 mod signals;
 
 use super::authority::{Authority, Posed};
+use super::budget::{Answer, BudgetBook, BudgetError, BudgetRequest};
 use super::log_control::{LogSwitch, LogTarget};
 use super::publish::{Ended, Pace};
 use super::server::Service;
-use super::{Context, Error, ManagerProxy, ROOT, RunProxy};
+use super::{Context, Error, GovernorProxy, ManagerProxy, ROOT, RunProxy};
 use crate::config::daemon::{Authorization, AuthorizationConfig, LimitsConfig};
+use crate::config::settings::{Entry, Layers};
+use crate::config::{Loaded, Mode};
 use crate::runs::fake::{self, Fake};
 use crate::units::RunId;
 use std::os::unix::net::UnixStream;
@@ -56,6 +59,43 @@ impl LogSwitch for Log {
     }
 }
 
+/// A budget without a file.
+#[derive(Debug)]
+struct Book {
+    layers: Mutex<Layers>,
+    entries: tokio::sync::watch::Sender<Arc<Vec<Entry>>>,
+}
+
+impl Book {
+    fn new() -> Book {
+        let config = crate::config::daemon::DaemonConfig::defaults(Mode::System, &|_| None);
+        let mut files = Loaded { config, places: Default::default() };
+        files.config.storage.state_directory = "/absent".into();
+        let layers = Layers::open(files, Mode::System);
+        let entries = tokio::sync::watch::channel(Arc::new(layers.entries())).0;
+        Book { layers: Mutex::new(layers), entries }
+    }
+}
+
+impl BudgetBook for Book {
+    fn entries(&self) -> tokio::sync::watch::Receiver<Arc<Vec<Entry>>> {
+        self.entries.subscribe()
+    }
+
+    fn request(&self, request: BudgetRequest, uid: u32) -> Answer<'_> {
+        let mut layers = self.layers.lock().unwrap();
+        let next = match request {
+            BudgetRequest::Clear => Ok(layers.cleared()),
+            BudgetRequest::Change { changes, runtime } => layers.changed(&changes, runtime, (uid, 7)),
+        };
+        let done = next.map_err(|mistakes| BudgetError::Invalid(mistakes[0].to_string())).map(|(next, _)| {
+            self.entries.send_replace(Arc::new(next.entries()));
+            *layers = next;
+        });
+        Box::pin(async move { done })
+    }
+}
+
 /// A daemon's face, without the daemon.
 struct Bench {
     service: Service,
@@ -82,8 +122,8 @@ impl Bench {
         std::fs::write(group_file.path(), format!("finetuned:x:{MEMBERS}:\n")).unwrap();
         let config = AuthorizationConfig { method, group: "finetuned".into() };
         let log = Arc::new(Log(Mutex::new((Level::INFO, LogTarget::Console))));
-        let mut service =
-            Service::new(runs, tokio::sync::watch::channel(Default::default()).1, config, &limits, log);
+        let governor = tokio::sync::watch::channel(Default::default()).1;
+        let mut service = Service::new(runs, governor, Arc::new(Book::new()), config, &limits, log);
         service.pace = Pace {
             figures: Duration::from_millis(200),
             send: Duration::from_millis(500),
@@ -101,6 +141,7 @@ impl Bench {
         let context = Context {
             runs: self.service.runs.clone(),
             governor: self.service.governor.clone(),
+            budget: self.service.budget.clone(),
             authority: Arc::new(authority),
             waits: self.service.waits.clone(),
         };
@@ -123,6 +164,10 @@ impl Client {
 
     async fn manager(&self) -> ManagerProxy<'static> {
         ManagerProxy::builder(&self.connection).cache_properties(CacheProperties::No).build().await.unwrap()
+    }
+
+    async fn governor(&self) -> GovernorProxy<'static> {
+        GovernorProxy::builder(&self.connection).cache_properties(CacheProperties::No).build().await.unwrap()
     }
 
     async fn run(&self, id: &RunId) -> RunProxy<'static> {

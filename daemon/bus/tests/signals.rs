@@ -190,3 +190,19 @@ async fn who_lags_behind_looks_again() {
     eventually("the third is there", async || third.state().await.is_ok()).await;
     eventually("the first is gone", async || first.state().await.is_err()).await;
 }
+
+#[tokio::test]
+async fn a_change_of_the_budget_is_told_with_its_keys() {
+    let bench = Bench::new(Authorization::Owner);
+    let client = bench.client(OWN, &[]).await;
+    let listener = bench.client(EVE, &[]).await;
+    let mut changes = signals(&listener, "BudgetChanged").await;
+    let governor = client.governor().await;
+    let change = |value: &str| HashMap::from([("budget.power".to_string(), value.to_string())]);
+    governor.set_budget(change("25W"), HashMap::new()).await.unwrap();
+    let message = timeout(Duration::from_secs(5), changes.next()).await.expect("a signal").unwrap().unwrap();
+    let keys: Vec<String> = message.body().deserialize().unwrap();
+    assert_eq!(keys, ["budget.power"]);
+    governor.reset_budget(vec!["window.times".into()]).await.unwrap();
+    nothing(&mut changes, Duration::from_millis(200)).await;
+}

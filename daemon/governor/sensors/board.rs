@@ -289,6 +289,8 @@ mod tests {
             assert!(board.zones.iter().any(|zone| zone.role == ZoneRole::Junction), "{}", board.name);
         }
         assert_eq!(BoardTable::named("toaster"), None);
+        let names: Vec<&str> = BOARDS.iter().map(|board| board.name).collect();
+        assert_eq!(names, crate::config::budget::BOARDS, "the names that the configuration takes");
     }
 
     #[test]
