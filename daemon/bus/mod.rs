@@ -35,6 +35,7 @@ pub use run::RunProxy;
 pub use server::{Endpoint, ServeError, Server, Service};
 
 use crate::governor::View;
+use crate::night::Nights;
 use crate::runs::Runs;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ struct Context {
     runs: Runs,
     /// What the governor sees and decides.
     governor: watch::Receiver<Arc<View>>,
+    nights: Nights,
     authority: Arc<authority::Authority>,
     waits: Arc<slots::Slots>,
 }

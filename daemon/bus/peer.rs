@@ -155,6 +155,7 @@ async fn attend(stream: UnixStream, name: String, service: Service) {
     let context = Context {
         runs: service.runs.clone(),
         governor: service.governor.clone(),
+        nights: service.nights.clone(),
         authority: Arc::new(authority),
         waits: service.waits.clone(),
     };

@@ -4,11 +4,12 @@
 //!   every [board] interval:  Sensors::read ─┬─► control::step ─────┐
 //!     (milliseconds on a bus of the board:  ├─► Holds::step ───────┼─► Ruling ──► owner of the runs (hold, duty)
 //!      a thread of its own, not the         └─► Meter, Ledger, ────┘─► View ────► bus, status line
-//!      daemon's)                                quota
+//!      daemon's)                                quota   └──────► Keeper ──► the night's account
 //! ```
 //!
 //! The owner takes silence for a hold ([`door`]).
 
+use super::nights::{Keeper, Round};
 use crate::clock::Clock;
 use crate::config::daemon::{DaemonConfig, WorkerConfig};
 use crate::governor::control::{self, Decision, Level, State};
@@ -17,6 +18,7 @@ use crate::governor::energy::{self, Energy, Ledger, Meter, night_of};
 use crate::governor::readings::Readings;
 use crate::governor::sensors::Sensors;
 use crate::governor::{Ruling, View};
+use crate::night::Nights;
 use crate::reason::Reason;
 use crate::scheduler::conditions::{Holds, Own, Schedule};
 use crate::units::RunId;
@@ -50,6 +52,8 @@ pub struct Governing {
     pub door: Door,
     /// For the bus and the status line.
     pub view: watch::Receiver<Arc<View>>,
+    /// For who asks for the report on a night.
+    pub nights: Nights,
     config: Arc<Mutex<DaemonConfig>>,
     ending: Arc<AtomicBool>,
     thread: JoinHandle<()>,
@@ -75,10 +79,12 @@ impl Governing {
             holds: Holds::default(),
             meter: Meter::default(),
             ledger,
+            keeper: Keeper::new(&config.storage.state_directory.join("nights"), &*clock),
             booked: (Energy::default(), 0),
             idle_since: Some(Duration::ZERO),
             last: None,
         };
+        let nights = rounds.keeper.nights();
         let (ruling, view) = rounds.round(&Activity::default());
         for note in &view.notes {
             tracing::warn!("governor: {note}");
@@ -93,17 +99,18 @@ impl Governing {
                     if let Err(error) = rounds.ledger.sync() {
                         tracing::warn!("{error}");
                     }
+                    rounds.keeper.end();
                     return;
                 }
                 let interval = lock(&rounds.config).board.interval;
                 rounds.clock.sleep(interval);
-                let (ruling, view) = rounds.round(&bench.activity());
+                let (ruling, view) = rounds.round(&bench.activity(rounds.clock.monotonic()));
                 bench.rule(ruling, rounds.clock.monotonic());
                 tell(&set_view, &view);
                 set_view.send_replace(Arc::new(view));
             }
         })?;
-        Ok(Governing { door, view, config: shared, ending, thread })
+        Ok(Governing { door, view, nights, config: shared, ending, thread })
     }
 
     /// Ends the thread, with its ledger written. A thread that hangs in a driver is left behind.
@@ -150,6 +157,7 @@ struct Rounds {
     holds: Holds,
     meter: Meter,
     ledger: Ledger,
+    keeper: Keeper,
     /// What the ledger knows of the meter's total, and of the tokens.
     booked: (Energy, u64),
     /// Since when no worker has computed.
@@ -209,6 +217,16 @@ impl Rounds {
         if readings.power.is_none() && (budget.energy_per_night.or(budget.energy_per_run)).is_some() {
             view.notes.push("this machine has no power meter: no quota of energy is kept".into());
         }
+        self.keeper.round(&Round {
+            clock: &*self.clock,
+            window: &config.window,
+            activity,
+            readings: &readings,
+            ledger: &self.ledger,
+            gross: budget.energy_gross,
+            ruling: &ruling,
+            view: &view,
+        });
         (ruling, view)
     }
 

@@ -15,6 +15,7 @@
 mod governing;
 mod log;
 mod messages;
+mod nights;
 mod notify;
 mod transitions;
 
@@ -222,7 +223,8 @@ async fn serve(
         config.authorization.clone(),
         &config.limits,
         log.clone(),
-    );
+    )
+    .with_nights(governing.nights.clone());
     let mut server = match Server::start(&arguments.endpoints(), service).await {
         Ok(server) => server,
         Err(error) => {

@@ -101,6 +101,7 @@ impl Bench {
         let context = Context {
             runs: self.service.runs.clone(),
             governor: self.service.governor.clone(),
+            nights: self.service.nights.clone(),
             authority: Arc::new(authority),
             waits: self.service.waits.clone(),
         };
