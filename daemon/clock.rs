@@ -12,6 +12,11 @@ pub trait Clock: Send + Sync {
     fn monotonic(&self) -> Duration;
     /// Wall-clock time, for records only: it may jump.
     fn wall(&self) -> SystemTime;
+    /// How long the machine has been suspended since it was started; absent where the clock cannot tell. What it grows by
+    /// while `wall` runs ahead of `monotonic` is sleep, the rest is a clock that was set.
+    fn suspended(&self) -> Option<Duration> {
+        None
+    }
     /// Blocks the calling thread.
     fn sleep(&self, duration: Duration);
     /// What a person must know about this time; absent when it is the machine's.
@@ -38,6 +43,11 @@ impl Clock for SystemClock {
     }
     fn wall(&self) -> SystemTime {
         SystemTime::now()
+    }
+    fn suspended(&self) -> Option<Duration> {
+        let boot = clock_gettime(ClockId::Boottime);
+        let boot = Duration::new(boot.tv_sec.max(0) as u64, boot.tv_nsec as u32);
+        Some(boot.saturating_sub(self.monotonic()))
     }
     fn sleep(&self, duration: Duration) {
         std::thread::sleep(duration);

@@ -29,6 +29,7 @@ pub mod worker;
 
 // What the machine can bear, and who is next.
 pub mod governor;
+pub mod night;
 pub mod scheduler;
 
 // Runs as a service, and their face on D-Bus.

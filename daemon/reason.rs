@@ -92,12 +92,64 @@ reasons! {
     Protocol = "protocol",
     /// The worker could not be started.
     Launch = "launch",
+    /// No run is there that could train.
+    NoRun = "no-run",
+    /// The daemon, or the machine, was off, or left no record.
+    Off = "off",
+    /// The machine's clock was set, and what lies between was not lived through.
+    ClockSet = "clock-set",
+    /// The share of the time rises slowly after a rest, until it is known what the machine bears.
+    RampUp = "ramp-up",
 }
 
 impl Reason {
     /// The reason with this word.
     pub fn from_word(word: &str) -> Option<Reason> {
         Reason::ALL.iter().copied().find(|reason| reason.word() == word)
+    }
+
+    /// What it means, for people.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Reason::User => "somebody asked for it",
+            Reason::Inhibited => "somebody holds all training",
+            Reason::Leased => "an inference task has the device",
+            Reason::Thermal => "it is too warm: it goes on when it has cooled",
+            Reason::PowerBudget => "the power budget is used up",
+            Reason::EnergyQuota => "the energy of the night, or of the run, is used up",
+            Reason::OverCurrent => "the supply dips or its current is limited: look at cable and adapter",
+            Reason::SensorLost => "a sensor that the budget needs is silent: `finetuned sensors` says which",
+            Reason::MemoryPressure => "memory is short",
+            Reason::SettingsLost => "what was set earlier is lost: `finetunectl budget show` says more",
+            Reason::OutsideWindow => "it is not the time for training: see `[window]`",
+            Reason::OnBattery => "there is no external power",
+            Reason::BatteryLow => "the battery is low",
+            Reason::Busy => "the machine is busy with something else",
+            Reason::QuietHours => "the fan would be too loud",
+            Reason::Suspend => "the machine is about to sleep, or slept",
+            Reason::Preempted => "a run with a higher priority goes first",
+            Reason::Backoff => "the last attempt failed; the next one comes after a pause",
+            Reason::DaemonRestart => "the daemon has started again",
+            Reason::Shutdown => "the daemon or the machine is going down",
+            Reason::DaemonLost => "the worker lost the daemon",
+            Reason::EarlyStopping => "held-out loss stopped improving",
+            Reason::Diverged => "loss, gradient or adapter was not finite: try a lower learning_rate",
+            Reason::Storage => "the disk is full or refused a write",
+            Reason::InvalidInput => "the spec, the data or the model cannot be used",
+            Reason::Changed => "what the checkpoint was made from has changed",
+            Reason::DoesNotFit => {
+                "it does not fit in this machine's memory: `finetuned plan` says what would"
+            }
+            Reason::OutOfMemory => "the kernel ended the worker for memory",
+            Reason::Crashed => "the worker died",
+            Reason::Hung => "the worker made no progress",
+            Reason::Protocol => "daemon and worker do not understand each other",
+            Reason::Launch => "the worker could not be started",
+            Reason::NoRun => "no run is there that could train",
+            Reason::Off => "the daemon or the machine was off, or left no record",
+            Reason::ClockSet => "the clock was set",
+            Reason::RampUp => "the share of the time rises slowly after a rest",
+        }
     }
 }
 

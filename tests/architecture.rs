@@ -21,9 +21,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("train", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint"]),
     ("worker", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "train"]),
     ("governor", BASE),
+    ("night", &["clock", "config", "reason", "units", "governor"]),
     ("scheduler", &["clock", "config", "reason", "units", "governor"]),
     ("runs", &["clock", "config", "reason", "units", "checkpoint", "worker", "governor", "scheduler"]),
-    ("bus", &["clock", "config", "reason", "units", "governor", "runs"]),
+    ("bus", &["clock", "config", "reason", "units", "governor", "night", "runs"]),
     (
         "service",
         &[
@@ -34,6 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "checkpoint",
             "worker",
             "governor",
+            "night",
             "scheduler",
             "runs",
             "bus",
@@ -56,7 +58,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "service",
         ],
     ),
-    ("ctl", &["clock", "config", "reason", "units", "bus"]),
+    ("ctl", &["clock", "config", "reason", "units", "night", "bus"]),
 ];
 
 /// What lies below everything.

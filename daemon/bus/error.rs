@@ -1,5 +1,6 @@
 //! The errors of the interface, `org.finetuned.Finetuned1.Error.*`. Their names are stable, their texts are for people.
 
+use crate::night::NightError;
 use crate::runs::{Refusal, RequestError};
 
 /// An error that a call is answered with.
@@ -15,6 +16,8 @@ pub enum Error {
     AmbiguousRun(String),
     /// No such model.
     NoSuchModel(String),
+    /// No record of such a night.
+    NoSuchNight(String),
     /// The spec is wrong.
     InvalidSpec(String),
     /// An argument, or a file that was passed, is wrong.
@@ -47,6 +50,17 @@ pub enum Error {
 
 /// The answer to a call.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<NightError> for Error {
+    fn from(error: NightError) -> Error {
+        let text = error.to_string();
+        match error {
+            NightError::NotADate(_) => Error::InvalidInput(text),
+            NightError::NoSuchNight(_) => Error::NoSuchNight(text),
+            NightError::File { .. } => Error::Failed(text),
+        }
+    }
+}
 
 impl From<RequestError> for Error {
     fn from(error: RequestError) -> Error {

@@ -4,12 +4,14 @@ use super::Context;
 use super::Dictionary;
 use super::authority::Action;
 use super::budget::{self, BudgetRequest};
-use super::error::Result;
-use super::input::{Options, name};
+use super::error::{Error, Result};
+use super::input::{Options, name, no_options};
 use super::manager::{MAX_NAME, MAX_WHY};
 use crate::governor::View;
+use crate::night::Nights;
 use crate::runs::Inhibition;
 use std::collections::HashMap;
+use tokio::sync::Mutex;
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, OwnedFd, Variant, interface};
@@ -75,10 +77,26 @@ fn single(view: &View) -> impl Iterator<Item = (&'static str, Variant<'static>)>
     .into_iter()
     .flatten()
 }
+/// Whoever reads a record.
+static READING: Mutex<()> = Mutex::const_new(());
 
 /// The object.
 pub struct Governor {
     pub(super) context: Context,
+}
+
+impl Governor {
+    /// Has records of nights read by a thread that may wait for the disk, one at a time: reading one takes milliseconds,
+    /// and a client that asks for many must not take a core.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Nights) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let _turn = READING.lock().await;
+        let nights = self.context.nights.clone();
+        let read = tokio::task::spawn_blocking(move || read(&nights)).await;
+        read.map_err(|error| Error::Failed(format!("a thread of the daemon failed: {error}")))?
+    }
 }
 
 #[interface(
@@ -180,6 +198,24 @@ impl Governor {
     /// The values of these keys, or where they come from, have changed.
     #[zbus(signal)]
     pub(super) async fn budget_changed(emitter: &SignalEmitter<'_>, keys: Vec<String>) -> zbus::Result<()>;
+
+    /// The report on a night, as JSON with `"schema": 1`. `date` is that of its evening, `now`, `last`, or empty: the night
+    /// that runs, if one of its windows has begun, else the last one.
+    #[zbus(out_args("report"))]
+    async fn get_night(&self, date: String, options: Dictionary) -> Result<String> {
+        no_options(options)?;
+        self.on_disk(move |nights| {
+            let report = nights.report(&date)?;
+            serde_json::to_string(&report).map_err(|error| Error::Failed(format!("no JSON: {error}")))
+        })
+        .await
+    }
+
+    /// The dates of the nights that there is a report on, in order.
+    #[zbus(out_args("nights"))]
+    async fn list_nights(&self) -> Result<Vec<String>> {
+        self.on_disk(|nights| Ok(nights.list()?.iter().map(ToString::to_string).collect())).await
+    }
 
     /// The board's name.
     #[zbus(property(emits_changed_signal = "const"))]

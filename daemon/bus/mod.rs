@@ -37,6 +37,7 @@ pub use run::RunProxy;
 pub use server::{Endpoint, ServeError, Server, Service};
 
 use crate::governor::View;
+use crate::night::Nights;
 use crate::runs::Runs;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -63,6 +64,7 @@ struct Context {
     governor: watch::Receiver<Arc<View>>,
     /// What may be taken, and who changes it.
     budget: Arc<dyn BudgetBook>,
+    nights: Nights,
     authority: Arc<authority::Authority>,
     waits: Arc<slots::Slots>,
 }

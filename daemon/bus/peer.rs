@@ -156,6 +156,7 @@ async fn attend(stream: UnixStream, name: String, service: Service) {
         runs: service.runs.clone(),
         governor: service.governor.clone(),
         budget: service.budget.clone(),
+        nights: service.nights.clone(),
         authority: Arc::new(authority),
         waits: service.waits.clone(),
     };

@@ -21,6 +21,7 @@ use super::slots::Slots;
 use super::{Context, NAME, ROOT, WAITS};
 use crate::config::daemon::{AuthorizationConfig, LimitsConfig};
 use crate::governor::View;
+use crate::night::Nights;
 use crate::runs::{RunView, Runs};
 use futures_util::StreamExt;
 use std::fmt;
@@ -113,6 +114,7 @@ pub struct Service {
     pub(super) runs: Runs,
     pub(super) governor: watch::Receiver<Arc<View>>,
     pub(super) budget: Arc<dyn BudgetBook>,
+    pub(super) nights: Nights,
     pub(super) authorization: AuthorizationConfig,
     pub(super) waits: Arc<Slots>,
     pub(super) log: Arc<dyn LogSwitch>,
@@ -130,7 +132,13 @@ impl Service {
         log: Arc<dyn LogSwitch>,
     ) -> Service {
         let waits = Arc::new(Slots::new(limits.waits_per_sender, WAITS));
-        Service { runs, governor, budget, authorization, waits, log, pace: Pace::default() }
+        let nights = Nights::default();
+        Service { runs, governor, budget, nights, authorization, waits, log, pace: Pace::default() }
+    }
+
+    /// The same with reports on nights.
+    pub fn with_nights(self, nights: Nights) -> Service {
+        Service { nights, ..self }
     }
 }
 
@@ -173,6 +181,7 @@ impl Server {
             runs: service.runs.clone(),
             governor: service.governor.clone(),
             budget: service.budget.clone(),
+            nights: service.nights.clone(),
             authority: Arc::new(Authority::new(service.authorization.clone(), origin)),
             waits: service.waits.clone(),
         };

@@ -19,7 +19,7 @@ Exit codes:
   1    error
   2    usage, or a mistake in the spec or in what was passed with it
   3    the run failed (submit --wait, watch, wait)
-  4    no such run or model, or several runs fit
+  4    no such run, model or night, or several runs fit
   5    not authorised
   6    no answer in time
   7    the daemon cannot be reached
@@ -157,6 +157,8 @@ impl From<bus::Error> for Failure {
             }
             NoSuchModel(text) => named(Exit::NotFound, "NoSuchModel", text)
                 .help("`finetunectl model list` shows the registered ones"),
+            NoSuchNight(text) => named(Exit::NotFound, "NoSuchNight", text)
+                .help("`finetunectl night --list` shows which there are"),
             // Every mistake, a line each.
             InvalidSpec(text) => Failure {
                 errors: text.lines().map(String::from).collect(),

@@ -2,6 +2,7 @@
 
 use super::text;
 use crate::bus::Dictionary;
+use crate::reason::Reason;
 use crate::units::{Bytes, duration, significant};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -285,49 +286,14 @@ pub fn ago(us: u64, now_us: u64) -> String {
     format!("{} ago", duration(Duration::from_secs(now_us.saturating_sub(us) / 1_000_000)))
 }
 
-/// A reason in words, where its word does not say it all. Words that are not known have none.
+/// A reason in words. Words that are not known have none.
 pub fn meaning(reason: &str) -> Option<&'static str> {
-    Some(match reason {
-        "user" => "somebody asked for it",
-        "inhibited" => "somebody holds all training",
-        "leased" => "an inference task has the device",
-        "thermal" => "it is too warm: it goes on when it has cooled",
-        "power-budget" => "the power budget is used up",
-        "energy-quota" => "the energy of the night, or of the run, is used up",
-        "over-current" => "the supply dips or its current is limited: look at cable and adapter",
-        "sensor-lost" => "a sensor that the budget needs is silent: `finetuned sensors` says which",
-        "memory-pressure" => "memory is short",
-        "outside-window" => "it is not the time for training: see `[window]`",
-        "settings-lost" => "what was set earlier is lost: `finetunectl budget show` says more",
-        "on-battery" => "there is no external power",
-        "battery-low" => "the battery is low",
-        "busy" => "the machine is busy with something else",
-        "quiet-hours" => "the fan would be too loud",
-        "suspend" => "the machine is about to sleep",
-        "preempted" => "a run with a higher priority goes first",
-        "backoff" => "the last attempt failed; the next one comes after a pause",
-        "daemon-restart" => "the daemon has started again",
-        "shutdown" => "the daemon or the machine is going down",
-        "daemon-lost" => "the worker lost the daemon",
-        "early-stopping" => "held-out loss stopped improving",
-        "diverged" => "loss, gradient or adapter was not finite: try a lower learning_rate",
-        "storage" => "the disk is full or refused a write",
-        "invalid-input" => "the spec, the data or the model cannot be used",
-        "changed" => "what the checkpoint was made from has changed",
-        "does-not-fit" => "it does not fit in this machine's memory: `finetuned plan` says what would",
-        "out-of-memory" => "the kernel ended the worker for memory",
-        "crashed" => "the worker died",
-        "hung" => "the worker made no progress",
-        "protocol" => "daemon and worker do not understand each other",
-        "launch" => "the worker could not be started",
-        _ => return None,
-    })
+    Reason::from_word(reason).map(Reason::meaning)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reason::Reason;
 
     #[test]
     fn every_reason_has_words() {

@@ -2,7 +2,7 @@
 //! user's side of it.
 //!
 //! ```text
-//!   submit, list, watch, records, steer, status, inhibit, model, adapter, doctor      the commands
+//!   submit, list, watch, records, steer, status, night, inhibit, model, adapter, doctor      the commands
 //!      │                         figures   a run as text and as JSON       text   layout, escapes
 //!      ▼
 //!   connect ──► bus::{ManagerProxy, RunProxy} ──► the daemon            console   who writes where
@@ -21,6 +21,7 @@ mod figures;
 mod inhibit;
 mod list;
 mod model;
+mod night;
 mod records;
 mod status;
 mod steer;
@@ -118,6 +119,16 @@ is a model that the daemon has (`finetunectl model list`).")]
     Evaluate(steer::RunArguments),
     /// Show what the daemon is doing
     Status,
+    /// Show what a night was used for: training, waiting and why, temperatures, energy
+    #[command(after_help = "\
+Examples:
+  finetunectl night
+  finetunectl night --date last --html night.html
+  finetunectl night --date 2026-11-24 --json
+
+A night goes from noon to noon and has the date of its evening. Without --date it is the one that runs, if a window of it has \
+begun, else the last one.")]
+    Night(night::NightArguments),
     /// Hold all training while a command runs, or until Ctrl-C
     #[command(after_help = "\
 Examples:
@@ -204,6 +215,7 @@ async fn dispatch(command: &Command, context: &Context) -> Result<Code, Failure>
         Command::Checkpoint(arguments) => steer::checkpoint(arguments, context).await,
         Command::Evaluate(arguments) => steer::evaluate(arguments, context).await,
         Command::Status => status::command(context).await,
+        Command::Night(arguments) => night::command(arguments, context).await,
         Command::Inhibit(arguments) => inhibit::command(arguments, context).await,
         Command::Model(command) => model::command(command, context).await,
         Command::Adapter(command) => adapter::command(command, context).await,

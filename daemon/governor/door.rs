@@ -16,18 +16,110 @@ use tokio::sync::watch;
 /// A governor that is silent for this long counts as lost. A round takes milliseconds, and comes every half second.
 pub const STALLED: Duration = Duration::from_secs(10);
 
-/// What the runs do, for the energy's account.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Runs, and holders of a lease or hold, that are remembered between two rounds; later ones are left out of the night's
+/// account. A governor that hangs must not fill the memory.
+const REMEMBERED: usize = 64;
+
+/// What the runs do, for the accounts of energy and of the night.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Activity {
     /// The run whose worker computes; absent while none does.
     pub run: Option<RunId>,
     /// Tokens that were trained on since the daemon started, by all runs.
     pub tokens: u64,
+    /// Steps that were done since the daemon started, by all runs.
+    pub steps: u64,
+    /// What is done with the time.
+    pub doing: Doing,
+    /// What has happened since the last round.
+    pub news: News,
 }
 
-impl Activity {
-    fn add(&mut self, tokens: u64) {
-        self.tokens = self.tokens.saturating_add(tokens);
+/// What is done with the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doing {
+    /// Nothing computes.
+    Waiting(Reason),
+    /// A worker reads data and loads the base; the duty does not slow it.
+    Preparing,
+    /// A worker trains.
+    Training,
+    /// A worker computes held-out loss.
+    Evaluating,
+    /// A worker writes a checkpoint or the results.
+    Saving,
+}
+
+impl Default for Doing {
+    fn default() -> Doing {
+        Doing::Waiting(Reason::NoRun)
+    }
+}
+
+/// What has happened since a round.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct News {
+    /// Runs that changed, as they are now.
+    pub runs: BTreeMap<RunId, RunNews>,
+    /// Leases and holds, by who had them.
+    pub held: BTreeMap<String, Held>,
+}
+
+/// A run, as it is now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunNews {
+    /// Name, for people.
+    pub name: String,
+    /// The word of its state.
+    pub state: &'static str,
+    /// Why it is in it.
+    pub reason: Option<Reason>,
+    /// It has, or had until just now, a worker; or it failed without one.
+    pub active: bool,
+    /// Completed steps.
+    pub step: u64,
+    /// Loss of the last step.
+    pub loss: Option<f64>,
+}
+
+/// Leases, or holds of all training, of one name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// How many began.
+    pub count: u64,
+    /// How long they were in force.
+    pub time: Duration,
+}
+
+/// The same between the two sides, with what is still in force.
+#[derive(Debug, Default)]
+struct Shared {
+    activity: Activity,
+    /// By number: who, and until when its time is told.
+    holders: BTreeMap<u64, (String, Duration)>,
+}
+
+impl Shared {
+    /// Tells the time of a holder until now.
+    fn hold(&mut self, who: &str, count: u64, time: Duration) {
+        let held = &mut self.activity.news.held;
+        if held.contains_key(who) || held.len() < REMEMBERED {
+            let entry = held.entry(who.to_string()).or_default();
+            entry.count += count;
+            entry.time += time;
+        }
+    }
+
+    /// Takes the news, with the time of the holders until now.
+    fn take(&mut self, now: Duration) -> Activity {
+        let mut holders = std::mem::take(&mut self.holders);
+        for (who, since) in holders.values_mut() {
+            self.hold(who, 0, now.saturating_sub(*since));
+            *since = now.max(*since);
+        }
+        self.holders = holders;
+        let news = std::mem::take(&mut self.activity.news);
+        Activity { news, ..self.activity.clone() }
     }
 }
 
@@ -43,7 +135,7 @@ struct Account {
 #[derive(Clone, Debug)]
 pub struct Door {
     ruling: watch::Receiver<Ruling>,
-    activity: Arc<Mutex<Activity>>,
+    shared: Arc<Mutex<Shared>>,
     account: Arc<Mutex<Account>>,
     /// When the last round ended, in milliseconds of the clock.
     last: Arc<AtomicU64>,
@@ -53,7 +145,7 @@ pub struct Door {
 #[derive(Debug)]
 pub struct Bench {
     ruling: watch::Sender<Ruling>,
-    activity: Arc<Mutex<Activity>>,
+    shared: Arc<Mutex<Shared>>,
     account: Arc<Mutex<Account>>,
     last: Arc<AtomicU64>,
 }
@@ -61,12 +153,12 @@ pub struct Bench {
 /// Both sides, with the first ruling, made at `now`.
 pub fn pair(first: Ruling, now: Duration) -> (Bench, Door) {
     let (sender, receiver) = watch::channel(first);
-    let activity = Arc::new(Mutex::new(Activity::default()));
+    let shared = Arc::new(Mutex::new(Shared::default()));
     let account = Arc::new(Mutex::new(Account::default()));
     let last = Arc::new(AtomicU64::new(now.as_millis() as u64));
     let bench =
-        Bench { ruling: sender, activity: activity.clone(), account: account.clone(), last: last.clone() };
-    (bench, Door { ruling: receiver, activity, account, last })
+        Bench { ruling: sender, shared: shared.clone(), account: account.clone(), last: last.clone() };
+    (bench, Door { ruling: receiver, shared, account, last })
 }
 
 impl Bench {
@@ -87,9 +179,9 @@ impl Bench {
         account.booked.extend(booked);
     }
 
-    /// What the runs do.
-    pub fn activity(&self) -> Activity {
-        self.activity.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// What the runs do, with what has happened since the last call.
+    pub fn activity(&self, now: Duration) -> Activity {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).take(now)
     }
 
     /// Whether the owner is gone.
@@ -128,17 +220,48 @@ impl Door {
         std::mem::take(&mut self.account.lock().unwrap_or_else(PoisonError::into_inner).booked)
     }
 
-    /// Tells the governor whose worker computes.
-    pub fn computes(&self, run: Option<&RunId>) {
-        let mut activity = self.activity.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Tells the governor whose worker computes, and what is done with the time.
+    pub fn computes(&self, run: Option<&RunId>, doing: Doing) {
+        let activity = &mut self.shared().activity;
+        activity.doing = doing;
         if activity.run.as_ref() != run {
             activity.run = run.cloned();
         }
     }
 
-    /// Tells the governor of tokens that were trained on.
+    /// Tells the governor of a step, and of tokens that were trained on.
     pub fn trained(&self, tokens: u64) {
-        self.activity.lock().unwrap_or_else(PoisonError::into_inner).add(tokens);
+        let activity = &mut self.shared().activity;
+        activity.tokens = activity.tokens.saturating_add(tokens);
+        activity.steps = activity.steps.saturating_add(1);
+    }
+
+    /// Tells the governor how a run stands.
+    pub fn stands(&self, run: &RunId, news: RunNews) {
+        let runs = &mut self.shared().activity.news.runs;
+        if runs.contains_key(run) || runs.len() < REMEMBERED {
+            let active = runs.get(run).is_some_and(|before| before.active);
+            runs.insert(run.clone(), RunNews { active: active || news.active, ..news });
+        }
+    }
+
+    /// Tells the governor of a lease or hold that begins.
+    pub fn holds(&self, number: u64, who: &str, now: Duration) {
+        let mut shared = self.shared();
+        shared.hold(who, 1, Duration::ZERO);
+        shared.holders.insert(number, (who.to_string(), now));
+    }
+
+    /// Tells the governor that it is over.
+    pub fn released(&self, number: u64, now: Duration) {
+        let mut shared = self.shared();
+        if let Some((who, since)) = shared.holders.remove(&number) {
+            shared.hold(&who, 0, now.saturating_sub(since));
+        }
+    }
+
+    fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,10 +281,14 @@ mod tests {
         bench.rule(slow.clone(), at(112));
         assert_eq!(door.ruling(at(113)), slow);
         let run = RunId::from_bits([1; 6]);
-        door.computes(Some(&run));
+        door.computes(Some(&run), Doing::Training);
         door.trained(7);
         door.trained(5);
-        assert_eq!(bench.activity(), Activity { run: Some(run), tokens: 12 });
+        let told = bench.activity(at(113));
+        assert_eq!(
+            told,
+            Activity { run: Some(run), tokens: 12, steps: 2, doing: Doing::Training, news: News::default() }
+        );
         drop(bench);
         assert_eq!(door.ruling(at(113)).hold, Some(Reason::SensorLost), "its thread has ended");
     }
@@ -185,5 +312,35 @@ mod tests {
         assert_eq!(door.energy(at(120.0)), None, "a meter that is silent says nothing");
         assert_eq!(door.booked(), BTreeMap::from([(run, entry(30.0))]), "the last word counts");
         assert!(door.booked().is_empty(), "told once");
+    }
+
+    #[test]
+    fn news_is_told_once_and_leases_to_the_moment() {
+        let at = Duration::from_millis;
+        let (bench, door) = pair(Ruling::FREE, at(0));
+        let run = RunId::from_bits([1; 6]);
+        door.stands(&run, RunNews { active: true, step: 3, ..RunNews::default() });
+        door.stands(&run, RunNews { state: "waiting", step: 4, ..RunNews::default() });
+        door.holds(1, "planner", at(100));
+        // Shorter than a round, and seen all the same.
+        door.holds(2, "vision", at(200));
+        door.released(2, at(230));
+        let news = bench.activity(at(500)).news;
+        assert_eq!(
+            news.runs[&run],
+            RunNews { active: true, state: "waiting", step: 4, ..RunNews::default() }
+        );
+        assert_eq!(news.held["planner"], Held { count: 1, time: at(400) });
+        assert_eq!(news.held["vision"], Held { count: 1, time: at(30) });
+        door.released(1, at(600));
+        door.released(1, at(700));
+        let news = bench.activity(at(1000)).news;
+        assert_eq!(news.held, BTreeMap::from([("planner".into(), Held { count: 0, time: at(100) })]));
+        assert_eq!(bench.activity(at(1500)).news, News::default());
+        for i in 0..1000 {
+            door.holds(i, &format!("client {i}"), at(1500));
+            door.released(i, at(1500));
+        }
+        assert_eq!(bench.activity(at(2000)).news.held.len(), REMEMBERED);
     }
 }

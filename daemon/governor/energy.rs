@@ -380,6 +380,11 @@ impl Ledger {
         self.sum(|(of, run)| *of == night && run.is_some())
     }
 
+    /// What a run took in a night.
+    pub fn entry(&self, night: Date, run: &RunId) -> Entry {
+        self.entries.get(&(night, Some(run.clone()))).cloned().unwrap_or_default()
+    }
+
     /// What a run took, over all nights.
     pub fn run(&self, run: &RunId) -> Entry {
         self.sum(|(_, of)| of.as_ref() == Some(run))

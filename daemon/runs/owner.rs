@@ -26,13 +26,13 @@ use crate::checkpoint::FileError;
 use crate::clock::Clock;
 use crate::config::daemon::DaemonConfig;
 use crate::governor::Ruling;
-use crate::governor::door::Door;
+use crate::governor::door::{Doing, Door, RunNews};
 use crate::governor::energy;
 use crate::reason::Reason;
 use crate::scheduler::{Active, Candidate, Turn, turn};
 use crate::units::{Joules, RunId};
 use crate::worker::launch::Launcher;
-use crate::worker::protocol::{Finished, Report, Start};
+use crate::worker::protocol::{Finished, Phase, Report, Start};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -207,6 +207,8 @@ struct Run {
     /// What it took in all, and in its last step.
     energy: energy::Entry,
     step_energy: Option<Joules>,
+    /// What its worker said that it does.
+    phase: Phase,
 }
 
 impl Run {
@@ -221,6 +223,38 @@ impl Run {
             memory: 0,
             energy: energy::Entry::default(),
             step_energy: None,
+            phase: Phase::Starting,
+        }
+    }
+
+    /// How it stands, for the night's account.
+    fn news(&self) -> RunNews {
+        let record = &self.record;
+        let state = record.condition.state;
+        let worked = matches!(state, State::Preparing | State::Running | State::Saving | State::Failed);
+        RunNews {
+            name: record.name.clone(),
+            state: state.word(),
+            reason: record.condition.reason,
+            active: worked || state == State::Succeeded,
+            step: record.figures.step,
+            loss: record.figures.loss,
+        }
+    }
+
+    /// What its worker does with the time.
+    fn doing(&self) -> Doing {
+        let condition = self.record.condition;
+        match condition.state {
+            State::Preparing => Doing::Preparing,
+            State::Saving => Doing::Saving,
+            State::Waiting => Doing::Waiting(condition.reason.unwrap_or(Reason::Inhibited)),
+            _ => match self.phase {
+                Phase::Starting | Phase::Preparing => Doing::Preparing,
+                Phase::Evaluating => Doing::Evaluating,
+                Phase::Saving => Doing::Saving,
+                Phase::Parked | Phase::Training => Doing::Training,
+            },
         }
     }
 
@@ -779,6 +813,7 @@ impl Owner {
             "training is inhibited"
         );
         let Inhibition { sender, lease, release, .. } = inhibition;
+        self.options.governor.holds(number, &inhibitor.who, self.options.clock.monotonic());
         self.holders.insert(number, Holder { inhibitor, sender, lease, release, waiting: None });
         self.show_holders();
         let events = self.events.clone();
@@ -873,6 +908,7 @@ impl Owner {
             }
             Message::Released(number) => {
                 if let Some(Holder { inhibitor, .. }) = self.holders.remove(&number) {
+                    self.options.governor.released(number, self.options.clock.monotonic());
                     tracing::info!(who = inhibitor.who, owner = inhibitor.owner, "an inhibitor was released");
                     self.show_holders();
                 }
@@ -901,6 +937,7 @@ impl Owner {
                 }
             }
             Report::Beat(beat) => {
+                run.phase = beat.phase;
                 if run.memory != beat.memory {
                     run.memory = beat.memory;
                     self.show(id, Change::Figures(id.clone()));
@@ -912,6 +949,7 @@ impl Owner {
                 // Within a step: what it took before is not known here.
                 let energy = meter.filter(|_| started.within == 0);
                 run.last_step = Some(Mark { at: now, step: started.step, energy });
+                run.phase = Phase::Training;
                 let position = Position { step: started.step, within: started.within };
                 run.record.advance(position);
                 if started.resumed {
@@ -1425,6 +1463,7 @@ impl Owner {
             return;
         }
         self.handle.board().runs.insert(id.clone(), run.view());
+        self.options.governor.stands(id, run.news());
         self.tell(change);
     }
 
@@ -1450,7 +1489,7 @@ impl Owner {
         // A worker that prepares or saves computes, too; only a parked one does not.
         let computes = active.as_ref().and_then(|id| self.runs.get(id));
         let computes = computes.is_some_and(|run| run.record.condition.state != State::Waiting);
-        self.options.governor.computes(active.as_ref().filter(|_| computes));
+        self.options.governor.computes(active.as_ref().filter(|_| computes), self.doing());
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };
@@ -1459,6 +1498,34 @@ impl Owner {
             drop(board);
             self.tell(Change::Status);
         }
+    }
+
+    /// What is done with the time, for the night's account.
+    fn doing(&self) -> Doing {
+        let active = self.active.as_ref().and_then(|active| self.runs.get(&active.id));
+        if let Some(run) = active {
+            return run.doing();
+        }
+        if let Some((reason, _)) = &self.stopping {
+            return Doing::Waiting(*reason);
+        }
+        let unfinished = || self.runs.values().filter(|run| !run.record.condition.state.is_over());
+        let reason_in = |state: State| {
+            unfinished()
+                .map(|run| run.record.condition)
+                .find(|condition| condition.state == state)
+                .map(|condition| condition.reason.unwrap_or(Reason::User))
+        };
+        let reason = if let Some(reason) = reason_in(State::Waiting) {
+            reason
+        } else if unfinished().any(|run| run.unsaved) {
+            Reason::Storage
+        } else if unfinished().any(|run| run.record.condition.state == State::Queued) {
+            Reason::Backoff
+        } else {
+            reason_in(State::Paused).unwrap_or(Reason::NoRun)
+        };
+        Doing::Waiting(reason)
     }
 
     fn tell(&self, change: Change) {

@@ -78,6 +78,21 @@ impl Windows {
         left
     }
 
+    /// The times between two moments in which it is open, in order, none touching the next.
+    pub fn between(&self, from: Timestamp, to: Timestamp, zone: &TimeZone) -> Vec<(Timestamp, Timestamp)> {
+        let mut open = Vec::new();
+        let mut at = from;
+        while at < to {
+            let local = at.to_zoned_datetime(zone.clone());
+            let until = self.next_change(&local).map_or(to, |change| change.min(to));
+            if self.at(&local) {
+                open.push((at, until));
+            }
+            at = until;
+        }
+        open
+    }
+
     /// The times around now in which it is open, in order, none touching the next.
     fn around(&self, now: &ZonedDateTime) -> Vec<(Timestamp, Timestamp)> {
         let zone = now.time_zone();
@@ -217,6 +232,20 @@ mod tests {
                 assert!(changes >= 100, "{texts:?} in {zone}: {changes}");
             }
         }
+    }
+
+    #[test]
+    fn the_open_times_of_a_night_are_cut_to_it() {
+        let noon = |day: i8| at(&format!("2026-11-{day}T12:00[UTC]")).timestamp();
+        let hours = |texts: &[&str]| -> Vec<(i64, i64)> {
+            let since = |at: Timestamp| at.duration_since(noon(24)).as_hours();
+            let open = windows(texts).between(noon(24), noon(25), &TimeZone::UTC);
+            open.into_iter().map(|(from, to)| (since(from), since(to))).collect()
+        };
+        assert_eq!(hours(&["22:00-06:00"]), [(10, 18)]);
+        assert_eq!(hours(&["08:00-14:00", "20:00-21:00"]), [(0, 2), (8, 9), (20, 24)]);
+        assert_eq!(hours(&["fri 22:00-06:00"]), [], "a Tuesday");
+        assert_eq!([hours(&[]), hours(&["00:00-24:00"])], [[(0, 24)], [(0, 24)]]);
     }
 
     #[test]

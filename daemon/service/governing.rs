@@ -4,11 +4,12 @@
 //!   every [board] interval:  Sensors::read ─┬─► control::step ─────┐
 //!     (milliseconds on a bus of the board:  ├─► Holds::step ───────┼─► Ruling ──► owner of the runs (hold, duty)
 //!      a thread of its own, not the         └─► Meter, Ledger, ────┘─► View ────► bus, status line
-//!      daemon's)                                quota
+//!      daemon's)                                quota   └──────► Keeper ──► the night's account
 //! ```
 //!
 //! The owner takes silence for a hold ([`door`]).
 
+use super::nights::{Keeper, Round};
 use crate::clock::Clock;
 use crate::config::daemon::{DaemonConfig, WorkerConfig};
 use crate::governor::control::{self, Decision, Level, State};
@@ -18,6 +19,7 @@ use crate::governor::readings::Readings;
 use crate::governor::sensors::Sensors;
 use crate::governor::sensors::board::BoardTable;
 use crate::governor::{Ruling, View};
+use crate::night::Nights;
 use crate::reason::Reason;
 use crate::scheduler::conditions::{Holds, Own, Schedule};
 use crate::units::RunId;
@@ -56,6 +58,8 @@ pub struct Governing {
     pub view: watch::Receiver<Arc<View>>,
     /// For who changes the budget.
     pub dial: Dial,
+    /// For who asks for the report on a night.
+    pub nights: Nights,
     ending: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -82,11 +86,13 @@ impl Governing {
             holds: Holds::default(),
             meter: Meter::default(),
             ledger,
+            keeper: Keeper::new(&config.storage.state_directory.join("nights"), &*clock),
             booked: (Energy::default(), 0),
             idle_since: Some(Duration::ZERO),
             last: None,
             memory_clock_cap: (0, None),
         };
+        let nights = rounds.keeper.nights();
         let (ruling, view) = rounds.round(&Activity::default());
         for note in &view.notes {
             tracing::warn!("governor: {note}");
@@ -102,11 +108,12 @@ impl Governing {
                     if let Err(error) = rounds.ledger.sync() {
                         tracing::warn!("{error}");
                     }
+                    rounds.keeper.end();
                     return;
                 }
                 let interval = lock(&rounds.config).board.interval;
                 rounds.clock.sleep(interval);
-                let activity = bench.activity();
+                let activity = bench.activity(rounds.clock.monotonic());
                 let (ruling, view) = rounds.round(&activity);
                 let took = activity.run.map(|run| (run.clone(), rounds.ledger.run(&run)));
                 bench.account(&rounds.meter, took);
@@ -115,7 +122,7 @@ impl Governing {
                 set_view.send_replace(Arc::new(view));
             }
         })?;
-        Ok(Governing { door, view, dial: Dial(shared), ending, thread })
+        Ok(Governing { door, view, dial: Dial(shared), nights, ending, thread })
     }
 
     /// Ends the thread, with its ledger written. A thread that hangs in a driver is left behind.
@@ -186,6 +193,7 @@ struct Rounds {
     holds: Holds,
     meter: Meter,
     ledger: Ledger,
+    keeper: Keeper,
     /// What the ledger knows of the meter's total, and of the tokens.
     booked: (Energy, u64),
     /// Since when no worker has computed.
@@ -259,6 +267,16 @@ impl Rounds {
             view.notes
                 .push(format!("nothing trains until `finetunectl budget reset`: settings are lost: {why}"));
         }
+        self.keeper.round(&Round {
+            clock: &*self.clock,
+            window: &config.window,
+            activity,
+            readings: &readings,
+            ledger: &self.ledger,
+            gross: budget.energy_gross,
+            ruling: &ruling,
+            view: &view,
+        });
         (ruling, view)
     }
 

@@ -16,6 +16,7 @@ mod budget;
 mod governing;
 mod log;
 mod messages;
+mod nights;
 mod notify;
 mod transitions;
 
@@ -245,7 +246,8 @@ async fn serve(
         config.authorization.clone(),
         &config.limits,
         log.clone(),
-    );
+    )
+    .with_nights(governing.nights.clone());
     let mut server = match Server::start(&arguments.endpoints(), service).await {
         Ok(server) => server,
         Err(error) => {

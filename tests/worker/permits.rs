@@ -68,7 +68,12 @@ fn no_permit_no_step() {
     daemon.leave = Leave::Silence;
     for ahead in [300, 1_000_000] {
         let until = SystemClock::new().monotonic() + Duration::from_millis(ahead);
-        daemon.send(&Request::Permit(Permit { run: true, duty: 1.0, until_ms: until.as_millis() as u64, hold: 0 }));
+        daemon.send(&Request::Permit(Permit {
+            run: true,
+            duty: 1.0,
+            until_ms: until.as_millis() as u64,
+            hold: 0,
+        }));
         let given = Instant::now();
         daemon.until(is_step);
         let parked = daemon.until(is_parked);

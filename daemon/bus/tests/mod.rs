@@ -142,6 +142,7 @@ impl Bench {
             runs: self.service.runs.clone(),
             governor: self.service.governor.clone(),
             budget: self.service.budget.clone(),
+            nights: self.service.nights.clone(),
             authority: Arc::new(authority),
             waits: self.service.waits.clone(),
         };
