@@ -183,6 +183,8 @@ pub(super) mod tests {
             attempts: 1,
             checkpoint_step: None,
             memory_bytes: 0,
+            deadline_us: 0,
+            deadline_at_risk: false,
         }
     }
 
