@@ -3,7 +3,7 @@
 use crate::units::duration;
 use jiff::civil::{DateTime, Time};
 use jiff::tz::TimeZone;
-use jiff::{Timestamp, ToSpan, ZonedDateTime};
+use jiff::{SignedDuration, Timestamp, ToSpan, ZonedDateTime};
 use std::time::Duration;
 
 /// Units after a `+`, the largest first, in seconds.
@@ -16,9 +16,8 @@ pub fn parse(text: &str, now_us: u64, zone: &TimeZone) -> Result<u64, String> {
     let now = i64::try_from(now_us).ok().and_then(|us| Timestamp::from_microsecond(us).ok());
     let now = now.unwrap_or(Timestamp::UNIX_EPOCH).to_zoned_datetime(zone.clone());
     let moment = match text.strip_prefix('+') {
-        Some(length) => {
-            seconds(length).and_then(|seconds| now.timestamp().checked_add(seconds.seconds()).ok())
-        }
+        Some(length) => seconds(length)
+            .and_then(|seconds| now.timestamp().checked_add(SignedDuration::from_secs(seconds)).ok()),
         None => (text.parse::<Timestamp>().ok())
             .or_else(|| zone.to_timestamp(text.parse::<DateTime>().ok()?).ok())
             .or_else(|| next(text.parse().ok()?, &now)),
