@@ -60,7 +60,8 @@ impl Manager {
     /// Takes a run into the queue. `spec` is the text of a run spec. `files` holds every file and directory that the
     /// spec names, opened for reading, under the path that the spec writes; a model that is not in it is looked up
     /// among the registered ones. Options: `spec-name` (s), `priority` (i; above 0
-    /// only for those who may manage all runs), `hold` (b: begin as paused).
+    /// only for those who may manage all runs), `deadline` (t: when it should be done, in microseconds since 1970),
+    /// `hold` (b: begin as paused).
     #[zbus(out_args("run"))]
     async fn submit(
         &self,
@@ -87,6 +88,7 @@ impl Manager {
         let mut options = Options::new(options);
         let spec_name = options.take::<String>("spec-name")?.unwrap_or_default();
         let priority = options.take::<i32>("priority")?.unwrap_or(0);
+        let deadline_us = options.take::<u64>("deadline")?.unwrap_or(0);
         let hold = options.take::<bool>("hold")?.unwrap_or(false);
         options.finish()?;
         if priority > 0 {
@@ -98,7 +100,8 @@ impl Manager {
             named.push((name("the path of a file", path, MAX_PATH)?, file.into()));
         }
         named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let submission = Submission { spec, spec_name, files: named, owner: caller.uid, priority, hold };
+        let owner = caller.uid;
+        let submission = Submission { spec, spec_name, files: named, owner, priority, deadline_us, hold };
         let id = self.context.runs.submit(submission).await?;
         // The caller may use the object at once, on this connection.
         run::export(connection, &self.context, &id).await?;

@@ -64,6 +64,8 @@ pub(super) fn properties(view: &RunView) -> Vec<(&'static str, Variant<'static>)
         ("EnergyAboveIdle", joules(view.energy.above_idle).into()),
         ("JoulesPerToken", joules(view.energy.per_token).into()),
         ("StepEnergy", joules(view.energy.last_step).into()),
+        ("Deadline", view.deadline_us.into()),
+        ("DeadlineAtRisk", view.deadline_at_risk.into()),
     ]
 }
 
@@ -214,6 +216,17 @@ impl Run {
         self.allow(&header, connection).await?;
         no_options(options)?;
         Ok(self.context.runs.evaluate(&self.id).await?)
+    }
+
+    /// Changes when the run should be done, in microseconds since 1970; 0 takes its deadline away.
+    async fn set_deadline(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        deadline: u64,
+    ) -> Result<()> {
+        self.allow(&header, connection).await?;
+        Ok(self.context.runs.set_deadline(&self.id, deadline).await?)
     }
 
     /// Answered when the run is over, with its last state and reason. Turn your client's timeout off.
@@ -459,5 +472,17 @@ impl Run {
     #[zbus(property)]
     fn step_energy(&self) -> f64 {
         joules(self.view().energy.last_step)
+    }
+
+    /// When it should be done, in microseconds since 1970; 0 without a deadline.
+    #[zbus(property)]
+    fn deadline(&self) -> u64 {
+        self.view().deadline_us
+    }
+
+    /// At the pace of the last steps, and with the hours that are left, it will not be done by its deadline.
+    #[zbus(property)]
+    fn deadline_at_risk(&self) -> bool {
+        self.view().deadline_at_risk
     }
 }

@@ -1,10 +1,10 @@
 //! `finetuned sensors` and `finetuned record-sensors`: what the governor would see on this machine, and a record of it.
 
-use super::console;
 use super::exit::{Exit, Failure};
-use super::progress;
+use super::{config, console, progress};
 use crate::clock::{Clock, SystemClock};
-use crate::config::budget;
+use crate::config::daemon::DaemonConfig;
+use crate::config::{Mode, budget};
 use crate::governor::readings::{Reading, Readings};
 use crate::governor::sensors::board::{BOARDS, BoardTable};
 use crate::governor::sensors::trace::TraceWriter;
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,9 +32,12 @@ pub struct MachineArguments {
     /// Read the files below this directory instead of this machine's
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
-    /// Take it for this board instead of the one that is found
+    /// Take it for this board, whatever is configured or found
     #[arg(long, value_name = "NAME", value_parser = board_name)]
     board: Option<String>,
+    /// Read [board] of this configuration only [default: the daemon's, but for --root]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 /// Arguments of `finetuned sensors`.
@@ -56,9 +59,9 @@ pub struct RecordArguments {
     /// The file to write; it must not exist
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Time between two rounds
-    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = interval)]
-    interval: Duration,
+    /// Time between two rounds [default: [board] interval of the configuration, 500ms]
+    #[arg(long, value_name = "TIME", value_parser = interval)]
+    interval: Option<Duration>,
     /// When to end [default: at Ctrl-C]
     #[arg(long, value_name = "TIME", value_parser = length)]
     duration: Option<Duration>,
@@ -99,20 +102,31 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 impl MachineArguments {
-    fn open(&self, clock: Arc<dyn Clock>) -> Result<Sensors, Failure> {
+    /// The sensors, as the daemon would read them, and how often it would.
+    fn open(&self, clock: Arc<dyn Clock>) -> Result<(Sensors, Duration), Failure> {
         // A wrong directory would otherwise look like a machine without sensors.
         std::fs::read_dir(&self.root)
             .with_context(|| format!("cannot read the directory {}", self.root.display()))
             .map_err(Failure::new)?;
-        let board = budget::Board { name: self.board.clone(), ..budget::Board::default() };
-        Ok(Sensors::open(&self.root, &board, clock))
+        let mut board = self.configured()?;
+        board.name = self.board.clone().or(board.name);
+        Ok((Sensors::open(&self.root, &board, clock), board.interval))
+    }
+
+    /// `[board]` of the daemon's configuration. What this machine's files say is not said of another one's.
+    fn configured(&self) -> Result<budget::Board, Failure> {
+        if self.config.is_none() && self.root != Path::new("/") {
+            return Ok(budget::Board::default());
+        }
+        let loaded = DaemonConfig::load(self.config.as_deref(), Mode::System, &|name| std::env::var_os(name));
+        loaded.map(|config| config.board).map_err(config::failed)
     }
 }
 
 /// Runs `finetuned sensors`.
 pub fn show(arguments: &SensorsArguments) -> Result<Exit, Failure> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let mut sensors = arguments.machine.open(clock.clone())?;
+    let (mut sensors, _) = arguments.machine.open(clock.clone())?;
     sensors.read();
     clock.sleep(SETTLE);
     loop {
@@ -144,7 +158,8 @@ pub fn show(arguments: &SensorsArguments) -> Result<Exit, Failure> {
 /// Runs `finetuned record-sensors`.
 pub fn record(arguments: &RecordArguments) -> Result<Exit, Failure> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
-    let mut sensors = arguments.machine.open(clock.clone())?;
+    let (mut sensors, usual) = arguments.machine.open(clock.clone())?;
+    let interval = arguments.interval.unwrap_or(usual);
     let path = &arguments.output;
     let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| {
         let exists = error.kind() == io::ErrorKind::AlreadyExists;
@@ -160,7 +175,7 @@ pub fn record(arguments: &RecordArguments) -> Result<Exit, Failure> {
             .write(&sensors.read())
             .with_context(|| format!("cannot write to {}", path.display()))
             .map_err(Failure::new)?;
-        due += arguments.interval;
+        due += interval;
         let now = clock.monotonic();
         // Rounds that came too late are left out, not made up for.
         due = due.max(now);

@@ -168,14 +168,26 @@ impl Client {
         self.answer(properties.get_all(proxy.interface().clone())).await
     }
 
-    /// What the governor sees and decides; `None` of a daemon that does not tell.
-    pub async fn governor(&self) -> Option<Dictionary> {
-        let governor = GovernorProxy::builder(&self.connection)
+    /// The governor.
+    pub async fn governor_object(&self) -> Result<GovernorProxy<'static>, Failure> {
+        GovernorProxy::builder(&self.connection)
             .cache_properties(CacheProperties::No)
             .build()
             .await
-            .ok()?;
-        self.properties(governor.inner()).await.ok()
+            .map_err(Failure::from)
+    }
+
+    /// What the governor sees and decides; `None` of a daemon that does not tell.
+    pub async fn governor(&self) -> Option<Dictionary> {
+        let governor = self.governor_object().await.ok()?;
+        self.properties(governor.inner()).await.ok().filter(|properties| !properties.is_empty())
+    }
+
+    /// What a person should know of the governor; nothing of a daemon that does not tell.
+    pub async fn notes(&self) -> Vec<String> {
+        let Ok(governor) = self.governor_object().await else { return Vec::new() };
+        let mut readings = self.answer(governor.get_readings()).await.unwrap_or_default();
+        readings.remove("Notes").and_then(|notes| Vec::try_from(notes).ok()).unwrap_or_default()
     }
 
     /// Whether a path names a run: `/` stands for none.

@@ -147,6 +147,8 @@ struct Answers {
     polkit: bool,
     /// The daemon's version, or why there is no answer.
     version: Option<Result<String, String>>,
+    /// What the governor wants a person to know.
+    notes: Vec<String>,
 }
 
 impl Answers {
@@ -178,6 +180,7 @@ impl Answers {
         if !answers.bus || answers.owned || answers.activatable {
             let version = client.answer(client.manager.version()).await;
             answers.version = Some(version.map_err(|failure: Failure| failure.lines().join("; ")));
+            answers.notes = client.notes().await;
         }
         answers
     }
@@ -215,6 +218,16 @@ fn daemon_checks(answers: &Answers, at: &str) -> Vec<Check> {
         ),
         Err(why) => fail("daemon", format!("does not answer: {why}"), "`journalctl -u finetuned` may say why"),
     }));
+    checks.extend(answers.notes.iter().map(|note| {
+        warn(
+            "governor",
+            note.clone(),
+            "`finetunectl budget show` has every limit, `finetuned sensors` what is measured",
+        )
+    }));
+    if let (Some(Ok(_)), []) = (&answers.version, &answers.notes[..]) {
+        checks.push(ok("governor", "keeps every limit that is set"));
+    }
     if answers.system {
         checks.push(if answers.polkit {
             ok("polkit", "decides who may do what")
@@ -506,13 +519,20 @@ mod tests {
             assert_helpful(&checks);
             summary(&checks)
         };
-        assert_eq!(of(&well), ["ok bus", "ok name", "ok daemon", "ok polkit"]);
+        assert_eq!(of(&well), ["ok bus", "ok name", "ok daemon", "ok governor", "ok polkit"]);
+        let blind = Answers {
+            notes: vec!["it is blind".into()],
+            system: false,
+            version: own(),
+            ..Answers::default()
+        };
+        assert_eq!(of(&blind), ["ok bus", "ok daemon", "warn governor"]);
         let none = Answers { owned: false, version: None, polkit: false, ..well };
         assert_eq!(of(&none), ["ok bus", "fail name", "warn polkit"]);
         let asleep = Answers { activatable: true, version: Some(Err("no".into())), ..none };
         assert_eq!(of(&asleep), ["ok bus", "ok name", "fail daemon", "warn polkit"]);
         let old = Answers { version: Some(Ok("0.0.1".into())), ..Answers::default() };
-        assert_eq!(of(&old), ["ok bus", "warn daemon"]);
+        assert_eq!(of(&old), ["ok bus", "warn daemon", "ok governor"]);
         let cut = Answers { unreachable: Some("no socket".into()), ..Answers::default() };
         assert_eq!(of(&cut), ["fail bus"]);
     }

@@ -33,6 +33,10 @@ pub struct World {
     pub reason: &'static str,
     pub inhibitors: Vec<(String, String, u32, u64)>,
     pub models: Vec<(&'static str, u64)>,
+    /// What the governor wants a person to know.
+    pub notes: Vec<String>,
+    /// The budget: key, value, value of the files, source.
+    pub budget: Vec<(&'static str, String, &'static str, &'static str)>,
     /// Calls that change something are answered with this error.
     pub refusal: Option<fn(String) -> Error>,
     /// What the owner gets to see; others are refused.
@@ -112,6 +116,8 @@ pub fn properties(run: &Figures) -> Dictionary {
         ("EnergyAboveIdle", value(run.energy_above_idle_j.unwrap_or(f64::NAN))),
         ("JoulesPerToken", value(run.joules_per_token.unwrap_or(f64::NAN))),
         ("StepEnergy", value(run.step_energy_j.unwrap_or(f64::NAN))),
+        ("Deadline", value(run.deadline_us.unwrap_or(0))),
+        ("DeadlineAtRisk", value(run.deadline_at_risk)),
     ]
     .map(|(name, value)| (name.to_string(), value))
     .into()
@@ -129,8 +135,10 @@ impl FakeManager {
     ) -> Result<OwnedObjectPath, Error> {
         let (hold, priority) = (bool::try_from(&options["hold"]), i32::try_from(&options["priority"]));
         let name = <&str>::try_from(&options["spec-name"]).unwrap();
+        let deadline = options.get("deadline").map(|deadline| u64::try_from(deadline).unwrap());
+        let deadline = deadline.map_or(String::new(), |deadline| format!(" deadline={deadline}"));
         self.0.act(format!(
-            "Submit hold={} priority={} spec-name={name}",
+            "Submit hold={} priority={} spec-name={name}{deadline}",
             hold.unwrap(),
             priority.unwrap()
         ))?;
@@ -239,6 +247,67 @@ impl FakeManager {
     }
 }
 
+struct FakeGovernor(Shared);
+
+impl FakeGovernor {
+    fn set(&self, key: &str, value: Option<&str>, source: &'static str) {
+        let mut world = self.0.world();
+        let entry = world.budget.iter_mut().find(|(of, ..)| *of == key).unwrap();
+        entry.3 = if value.is_some() { source } else { "file" };
+        entry.1 = value.unwrap_or(entry.2).to_string();
+    }
+}
+
+#[interface(name = "org.finetuned.Finetuned1.Governor")]
+impl FakeGovernor {
+    async fn get_readings(&self) -> Dictionary {
+        Dictionary::from([("Notes".into(), value(self.0.world().notes.clone()))])
+    }
+
+    async fn get_budget(&self) -> Vec<Dictionary> {
+        let text = |text: &str| value(text.to_string());
+        let entry = |(key, now, files, source): &(&str, String, &str, &str)| {
+            let mut entry = Dictionary::from([
+                ("Key".into(), text(key)),
+                ("Value".into(), text(now)),
+                ("Default".into(), text("\"none\"")),
+                ("Files".into(), text(files)),
+                ("Source".into(), text(source)),
+                (
+                    "Place".into(),
+                    text(if *source == "file" { "/etc/finetuned/finetuned.toml:3" } else { "" }),
+                ),
+            ]);
+            if ["set", "runtime"].contains(source) {
+                entry.insert("Uid".into(), value(1000u32));
+                entry.insert("Time".into(), value(NOW_US - 5 * MINUTE));
+            }
+            entry
+        };
+        self.0.world().budget.iter().map(entry).collect()
+    }
+
+    async fn set_budget(&self, changes: HashMap<String, String>, options: Dictionary) -> Result<(), Error> {
+        let runtime = options.contains_key("runtime");
+        let mut changes: Vec<_> = changes.into_iter().collect();
+        changes.sort();
+        self.0.act(format!("SetBudget {changes:?} runtime={runtime}"))?;
+        for (key, value) in changes {
+            self.set(&key, Some(&format!("{value:?}")), if runtime { "runtime" } else { "set" });
+        }
+        Ok(())
+    }
+
+    async fn reset_budget(&self, keys: Vec<String>) -> Result<(), Error> {
+        self.0.act(format!("ResetBudget {keys:?}"))?;
+        let all = || self.0.world().budget.iter().map(|(key, ..)| key.to_string()).collect();
+        for key in if keys.is_empty() { all() } else { keys } {
+            self.set(&key, None, "file");
+        }
+        Ok(())
+    }
+}
+
 struct FakeRun(Shared, String);
 
 impl FakeRun {
@@ -282,6 +351,14 @@ impl FakeRun {
     async fn evaluate(&self, _options: Dictionary) -> Result<f64, Error> {
         self.0.act(format!("Evaluate {}", self.1))?;
         Ok(1.25)
+    }
+
+    async fn set_deadline(&self, deadline: u64) -> Result<(), Error> {
+        self.0.act(format!("SetDeadline {} {deadline}", self.1))?;
+        let mut world = self.0.world();
+        let run = world.runs.iter_mut().find(|run| run.id == self.1).unwrap();
+        run.deadline_us = Some(deadline).filter(|deadline| *deadline > 0);
+        Ok(())
     }
 
     async fn wait(&self) -> Result<(String, String), Error> {
@@ -414,6 +491,14 @@ impl FakeRun {
     fn step_energy(&self) -> f64 {
         self.figures().step_energy_j.unwrap_or(f64::NAN)
     }
+    #[zbus(property)]
+    fn deadline(&self) -> u64 {
+        self.figures().deadline_us.unwrap_or(0)
+    }
+    #[zbus(property)]
+    fn deadline_at_risk(&self) -> bool {
+        self.figures().deadline_at_risk
+    }
 }
 
 /// What a command came to.
@@ -441,7 +526,8 @@ async fn serve(shared: &Shared, socket: UnixStream) -> zbus::Result<Connection> 
     let mut server = zbus::connection::Builder::unix_stream(socket)
         .server(Guid::generate())
         .p2p()
-        .serve_at(ROOT, FakeManager(shared.clone()));
+        .serve_at(ROOT, FakeManager(shared.clone()))
+        .serve_at(ROOT, FakeGovernor(shared.clone()));
     let ids: Vec<String> = shared.world().runs.iter().map(|run| run.id.clone()).collect();
     for id in ids {
         server = server.serve_at(path(&id), FakeRun(shared.clone(), id));

@@ -1,6 +1,6 @@
 //! A run as the bus shows it, and as text and JSON show it.
 
-use super::text;
+use super::{text, when};
 use crate::bus::Dictionary;
 use crate::reason::Reason;
 use crate::units::{Bytes, duration, significant};
@@ -61,6 +61,10 @@ pub struct Figures {
     pub joules_per_token: Option<f64>,
     /// Of the last step.
     pub step_energy_j: Option<f64>,
+    /// When it should be done.
+    pub deadline_us: Option<u64>,
+    /// It will not be done by then.
+    pub deadline_at_risk: bool,
 }
 
 impl Figures {
@@ -103,6 +107,8 @@ impl Figures {
                 "CheckpointStep" => {
                     set(&mut self.checkpoint_step, u64::try_from(value).ok().map(unless(u64::MAX)));
                 }
+                "Deadline" => set(&mut self.deadline_us, u64::try_from(value).ok().map(unless(0))),
+                "DeadlineAtRisk" => set(&mut self.deadline_at_risk, bool::try_from(value).ok()),
                 "MemoryBytes" => set(&mut self.memory_bytes, u64::try_from(value).ok()),
                 "Energy" => set(&mut self.energy_j, f64::try_from(value).ok().map(finite)),
                 "EnergyAboveIdle" => {
@@ -147,6 +153,8 @@ impl Figures {
             "energy_above_idle_j": self.energy_above_idle_j,
             "joules_per_token": self.joules_per_token,
             "step_energy_j": self.step_energy_j,
+            "deadline_us": self.deadline_us,
+            "deadline_at_risk": self.deadline_at_risk,
         })
     }
 
@@ -185,6 +193,7 @@ impl Figures {
         parts.extend(self.tokens_per_second.map(|speed| format!("{} tok/s", significant(speed, 3))));
         if !self.is_over() {
             parts.extend(self.remaining_seconds.map(text::left));
+            parts.extend(self.deadline_at_risk.then(|| "deadline at risk".into()));
         }
         parts.join("  ")
     }
@@ -202,6 +211,20 @@ impl Figures {
             self.step_energy_j.map(|joules| format!("{} J in the last step", significant(joules, 2))),
         );
         parts.join(", ")
+    }
+
+    /// The deadline as a table has room for it: `in 5 h`, `in 5 h, at risk`, `missed`; empty without one.
+    pub fn due(&self, now_us: u64) -> String {
+        let Some(deadline) = self.deadline_us else { return String::new() };
+        let done = self.finished_us.unwrap_or(now_us);
+        match deadline.checked_sub(done) {
+            None => "missed".into(),
+            Some(_) if self.is_over() => "kept".into(),
+            Some(left) => {
+                let risk = if self.deadline_at_risk { ", at risk" } else { "" };
+                format!("in {}{risk}", text::age(Duration::from_micros(left)))
+            }
+        }
     }
 
     /// The page of `show`, without the head. `now_us` is the time, in microseconds since 1970.
@@ -229,11 +252,26 @@ impl Figures {
             ("Memory", text((self.memory_bytes > 0).then(|| Bytes(self.memory_bytes).to_string()))),
             ("Attempts", self.attempts.to_string()),
             ("Priority", self.priority.to_string()),
+            ("Deadline", self.deadline(now_us, zone)),
             ("Owner", text::printable(owner)),
             ("Submitted", when(self.created_us)),
             ("Started", text(self.started_us.map(when))),
             ("Ended", text(self.finished_us.map(when))),
         ]
+    }
+
+    /// The deadline of the page: `2026-11-27 06:00:00 (in 8 h 0 min): it will not be done by then`.
+    pub fn deadline(&self, now_us: u64, zone: &TimeZone) -> String {
+        let Some(deadline) = self.deadline_us else { return String::new() };
+        let remark = match self.due(now_us).as_str() {
+            "missed" => ": missed".to_string(),
+            "kept" => ": kept".to_string(),
+            _ if self.deadline_at_risk => {
+                ": it will not be done by then at this pace, in the hours that are left".into()
+            }
+            _ => String::new(),
+        };
+        format!("{} ({}){remark}", time(deadline, zone), when::distance(deadline, now_us))
     }
 }
 
@@ -348,6 +386,19 @@ mod tests {
         assert_eq!(figures.energy(), "12.3 Wh, 0.31 J/token");
         (figures.energy_above_idle_j, figures.step_energy_j) = (Some(32_760.0), Some(41.6));
         assert_eq!(figures.energy(), "12.3 Wh (9.10 Wh above idle), 0.31 J/token, 42 J in the last step");
+    }
+
+    #[test]
+    fn a_deadline_is_ahead_kept_or_missed() {
+        let hours = |hours: u64| hours * 3_600_000_000;
+        let run =
+            |state: &str| Figures { state: state.into(), deadline_us: Some(hours(10)), ..Figures::default() };
+        assert_eq!(run("running").due(hours(5)), "in 5 h");
+        assert_eq!(Figures { deadline_at_risk: true, ..run("running") }.due(hours(5)), "in 5 h, at risk");
+        assert_eq!(Figures { deadline_at_risk: true, ..run("running") }.due(hours(11)), "missed");
+        assert_eq!(Figures { finished_us: Some(hours(9)), ..run("succeeded") }.due(hours(99)), "kept");
+        assert_eq!(Figures { finished_us: Some(hours(11)), ..run("succeeded") }.due(hours(99)), "missed");
+        assert_eq!(Figures::default().due(hours(5)), "");
     }
 
     #[test]

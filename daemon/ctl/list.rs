@@ -74,7 +74,9 @@ fn select(runs: &[Figures], last: usize) -> Vec<&Figures> {
 /// The table.
 fn page(runs: &[&Figures], digits: usize, now_us: u64, user: impl Fn(u32) -> String) -> String {
     let number = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.4}"));
-    let rows: Vec<[String; 9]> = runs
+    let due =
+        |run: &Figures| Some(run.due(now_us)).filter(|due| !due.is_empty()).unwrap_or_else(|| "-".into());
+    let rows: Vec<[String; 10]> = runs
         .iter()
         .map(|run| {
             [
@@ -87,10 +89,18 @@ fn page(runs: &[&Figures], digits: usize, now_us: u64, user: impl Fn(u32) -> Str
                 number(run.eval_loss),
                 user(run.owner),
                 text::age(Duration::from_micros(now_us.saturating_sub(run.created_us))),
+                due(run),
             ]
         })
         .collect();
-    text::table(["ID", "NAME", "STATE", "DONE", "STEP", "LOSS", "EVAL", "OWNER", "AGE"], &rows)
+    let headers = ["ID", "NAME", "STATE", "DONE", "STEP", "LOSS", "EVAL", "OWNER", "AGE", "DEADLINE"];
+    if runs.iter().any(|run| run.deadline_us.is_some()) {
+        return text::table(headers, &rows);
+    }
+    // Most runs have no deadline, and need no column for it.
+    let short: Vec<[String; 9]> = rows.into_iter().map(|[most @ .., _]| most).collect();
+    let [most @ .., _] = headers;
+    text::table(most, &short)
 }
 
 /// Arguments of `finetunectl show`.

@@ -2,8 +2,8 @@
 //! user's side of it.
 //!
 //! ```text
-//!   submit, list, watch, records, steer, status, night, inhibit, model, adapter, doctor      the commands
-//!      │                         figures   a run as text and as JSON       text   layout, escapes
+//!   submit, list, watch, records, steer, status, night, budget, inhibit, model, adapter, doctor      the commands
+//!      │             figures   a run as text and as JSON       when   moments       text   layout, escapes
 //!      ▼
 //!   connect ──► bus::{ManagerProxy, RunProxy} ──► the daemon            console   who writes where
 //!                                                                       exit      exit codes and error messages
@@ -12,6 +12,7 @@
 //! Whatever comes from the bus was written by somebody else: it is escaped before it reaches the terminal.
 
 mod adapter;
+mod budget;
 mod connect;
 mod console;
 mod context;
@@ -28,6 +29,7 @@ mod steer;
 mod submit;
 mod text;
 mod watch;
+mod when;
 
 #[cfg(test)]
 mod fake;
@@ -85,6 +87,7 @@ Examples:
   finetunectl submit night.toml
   finetunectl submit night.toml --watch
   finetunectl submit night.toml --set train.max_steps=100 --priority 5
+  finetunectl submit night.toml --deadline 06:00
   id=$(finetunectl submit night.toml) && finetunectl wait \"$id\"
 
 The spec and every file that it names are read here, with your rights. A [model] base that is a plain name and no file here \
@@ -113,6 +116,16 @@ is a model that the daemon has (`finetunectl model list`).")]
     Remove(steer::RemoveArguments),
     /// Change a run's place in the queue: higher goes first
     Priority(steer::PriorityArguments),
+    /// Say when a run should be done: of equal priority the earliest goes first
+    #[command(after_help = "\
+Examples:
+  finetunectl deadline night '2026-11-27 06:00'
+  finetunectl deadline night 06:00
+  finetunectl deadline night +8h
+  finetunectl deadline night none
+
+A deadline that is missed ends nothing: the run goes on. That it will be missed is told beforehand.")]
+    Deadline(steer::DeadlineArguments),
     /// Have a checkpoint written now
     Checkpoint(steer::RunArguments),
     /// Have held-out loss computed now, which changes nothing in the run
@@ -129,6 +142,9 @@ Examples:
 A night goes from noon to noon and has the date of its evening. Without --date it is the one that runs, if a window of it has \
 begun, else the last one.")]
     Night(night::NightArguments),
+    /// What training may take, and when: heat, power, energy, hours
+    #[command(subcommand)]
+    Budget(budget::BudgetCommand),
     /// Hold all training while a command runs, or until Ctrl-C
     #[command(after_help = "\
 Examples:
@@ -212,10 +228,12 @@ async fn dispatch(command: &Command, context: &Context) -> Result<Code, Failure>
         Command::Cancel(arguments) => steer::command(steer::Order::Cancel, &arguments.runs, context).await,
         Command::Remove(arguments) => steer::remove(arguments, context).await,
         Command::Priority(arguments) => steer::priority(arguments, context).await,
+        Command::Deadline(arguments) => steer::deadline(arguments, context).await,
         Command::Checkpoint(arguments) => steer::checkpoint(arguments, context).await,
         Command::Evaluate(arguments) => steer::evaluate(arguments, context).await,
         Command::Status => status::command(context).await,
         Command::Night(arguments) => night::command(arguments, context).await,
+        Command::Budget(command) => budget::command(command, context).await,
         Command::Inhibit(arguments) => inhibit::command(arguments, context).await,
         Command::Model(command) => model::command(command, context).await,
         Command::Adapter(command) => adapter::command(command, context).await,

@@ -38,20 +38,23 @@ pub async fn command(context: &Context) -> Result<Code, Failure> {
         _ => None,
     };
     let governor = client.governor().await;
+    let notes = client.notes().await;
     let inhibitors = client.answer(client.manager.list_inhibitors()).await?;
     let inhibitors: Vec<Inhibitor> = inhibitors
         .into_iter()
         .map(|(who, why, uid, since_us)| Inhibitor { who, why, uid, since_us })
         .collect();
     if context.json {
-        context.console.json(json(&daemon, active.as_ref(), governor.as_ref(), &inhibitors))?;
+        context.console.json(json(&daemon, active.as_ref(), governor.as_ref(), &notes, &inhibitors))?;
     } else {
         let dot = context.console.paint(Colour::of_state(&text_of(&daemon, "State")), "●");
         let now = context.now_us();
         let governor = governor.as_ref().map(governor_line);
-        let page = page(&daemon, active.as_ref(), governor, &inhibitors, now, &context.zone, |uid| {
-            context.user(uid)
-        });
+        let notes = notes.iter().map(|note| text::printable(note)).collect::<Vec<_>>().join("\n");
+        let page =
+            page(&daemon, active.as_ref(), (governor, notes), &inhibitors, now, &context.zone, |uid| {
+                context.user(uid)
+            });
         context.console.result(&format!("{dot} {page}"))?;
     }
     Ok(Exit::Done.into())
@@ -103,6 +106,7 @@ fn json(
     daemon: &Dictionary,
     active: Option<&Figures>,
     governor: Option<&Dictionary>,
+    notes: &[String],
     inhibitors: &[Inhibitor],
 ) -> Value {
     let text = |key| Some(text_of(daemon, key)).filter(|text| !text.is_empty());
@@ -118,6 +122,7 @@ fn json(
         "active_run": active.map(Figures::json),
         "unfinished_runs": unfinished(daemon),
         "governor": governor.map(governor_json),
+        "notes": notes,
         "inhibitors": inhibitors,
     })
 }
@@ -125,7 +130,7 @@ fn json(
 fn page(
     daemon: &Dictionary,
     active: Option<&Figures>,
-    governor: Option<String>,
+    (governor, notes): (Option<String>, String),
     inhibitors: &[Inhibitor],
     now_us: u64,
     zone: &TimeZone,
@@ -162,6 +167,7 @@ fn page(
         ("State", state),
         ("Device", device),
         ("Governor", governor.unwrap_or_default()),
+        ("Notes", notes),
         ("Run", run),
         ("Queue", text::count(waiting, "run")),
         ("Held by", holds.join("\n")),

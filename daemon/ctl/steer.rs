@@ -1,10 +1,10 @@
-//! `finetunectl pause`, `resume`, `cancel`, `remove`, `priority`, `checkpoint` and `evaluate`.
+//! `finetunectl pause`, `resume`, `cancel`, `remove`, `priority`, `deadline`, `checkpoint` and `evaluate`.
 
 use super::connect::Client;
 use super::context::Context;
 use super::exit::{Code, Exit, Failure};
 use super::figures::Figures;
-use super::text;
+use super::{text, when};
 use crate::bus::Dictionary;
 use clap::Args;
 use serde_json::{Value, json};
@@ -77,6 +77,16 @@ pub struct PriorityArguments {
     /// Higher goes first; 0 is usual
     #[arg(value_name = "N", allow_negative_numbers = true)]
     priority: i32,
+}
+
+/// Arguments of `finetunectl deadline`.
+#[derive(Args, Debug)]
+pub struct DeadlineArguments {
+    /// Name, id, or the beginning of an id
+    run: String,
+    /// When: '2026-11-27 06:00', 06:00 (the next one), +8h, or none
+    #[arg(value_name = "WHEN")]
+    deadline: String,
 }
 
 /// Asks the same of every run. One that refuses does not keep the others from it; the exit code is that of the first
@@ -167,6 +177,32 @@ pub async fn priority(arguments: &PriorityArguments, context: &Context) -> Resul
         context.console.line(&format!("{}: priority {}", figures.title(), figures.priority))?;
     }
     Ok(Exit::Done.into())
+}
+
+/// Runs `deadline`.
+pub async fn deadline(arguments: &DeadlineArguments, context: &Context) -> Result<Code, Failure> {
+    let deadline = moment(&arguments.deadline, context)?;
+    let client = context.client().await?;
+    let run = client.find(&arguments.run).await?;
+    client.call::<()>(run.inner(), "SetDeadline", &(deadline,), None).await?;
+    let figures = Figures::new(&client.properties(run.inner()).await?);
+    if context.json {
+        context.console.json(json!({ "run": figures.json() }))?;
+    } else {
+        let shown = figures.deadline(context.now_us(), &context.zone);
+        let shown = if shown.is_empty() { "no deadline".into() } else { format!("deadline {shown}") };
+        context.console.line(&format!("{}: {shown}", figures.title()))?;
+    }
+    Ok(Exit::Done.into())
+}
+
+/// The moment that a person means, as the bus has it; 0 for `none`.
+pub fn moment(text: &str, context: &Context) -> Result<u64, Failure> {
+    match text.trim() {
+        "none" => Ok(0),
+        text => when::parse(text, context.now_us(), &context.zone)
+            .map_err(|problem| Failure::new(Exit::Usage, problem)),
+    }
 }
 
 /// Runs `checkpoint`.

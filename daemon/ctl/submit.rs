@@ -8,13 +8,13 @@ use super::connect::options;
 use super::context::Context;
 use super::exit::{Code, Exit, Failure};
 use super::figures::Figures;
-use super::{text, watch};
+use super::{steer, text, watch};
 use crate::config::spec::Spec;
 use clap::Args;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
-use zbus::{OwnedFd, OwnedObjectPath};
+use zbus::{OwnedFd, OwnedObjectPath, OwnedVariant};
 
 /// Descriptors that a message may carry on the buses of a distribution (`max_message_unix_fds` of dbus-daemon).
 const MOST_FILES: usize = 16;
@@ -31,6 +31,9 @@ pub struct SubmitArguments {
     /// Place in the queue: higher goes first
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
+    /// When it should be done: '2026-11-27 06:00', 06:00 (the next one), or +8h
+    #[arg(long, value_name = "WHEN")]
+    pub deadline: Option<String>,
     /// Begin as paused; `finetunectl resume` lets it go
     #[arg(long)]
     pub hold: bool,
@@ -44,13 +47,18 @@ pub struct SubmitArguments {
 
 /// Runs the command.
 pub async fn command(arguments: &SubmitArguments, context: &Context) -> Result<Code, Failure> {
+    let deadline = arguments.deadline.as_deref().map_or(Ok(0), |text| steer::moment(text, context))?;
     let parcel = Parcel::pack(&arguments.spec, &arguments.set)?;
     let client = context.client().await?;
-    let options = options([
+    let mut options = options([
         ("spec-name", parcel.name.as_str().into()),
         ("priority", arguments.priority.into()),
         ("hold", arguments.hold.into()),
     ])?;
+    // A daemon that knows no deadlines takes a run without one.
+    if deadline > 0 {
+        options.insert("deadline".into(), OwnedVariant::from(deadline));
+    }
     let body = (parcel.text.as_str(), parcel.files, options);
     // The daemon copies the files before it answers.
     let path: OwnedObjectPath =

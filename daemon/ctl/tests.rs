@@ -85,7 +85,7 @@ fn clean(ran: Ran) -> String {
     ran.out
 }
 
-const NIGHT: &str = r#"{"id":"3f2a91c04d7e","name":"night","owner":1000,"state":"running","reason":null,"priority":0,"created_us":1699992740000000,"started_us":1699992800000000,"finished_us":null,"step":46,"total_steps":120,"epoch":0.77,"loss":1.23451,"eval_loss":1.301,"tokens_per_second":312.4,"progress":0.3833,"remaining_seconds":130,"attempts":1,"checkpoint_step":40,"memory_bytes":5368709120,"energy_j":44400.0,"energy_above_idle_j":null,"joules_per_token":0.3149,"step_energy_j":42.0}"#;
+const NIGHT: &str = r#"{"id":"3f2a91c04d7e","name":"night","owner":1000,"state":"running","reason":null,"priority":0,"created_us":1699992740000000,"started_us":1699992800000000,"finished_us":null,"step":46,"total_steps":120,"epoch":0.77,"loss":1.23451,"eval_loss":1.301,"tokens_per_second":312.4,"progress":0.3833,"remaining_seconds":130,"attempts":1,"checkpoint_step":40,"memory_bytes":5368709120,"energy_j":44400.0,"energy_above_idle_j":null,"joules_per_token":0.3149,"step_energy_j":42.0,"deadline_us":null,"deadline_at_risk":false}"#;
 
 #[tokio::test]
 async fn list() {
@@ -181,6 +181,7 @@ async fn status() {
         world.active = None;
         (world.state, world.reason) = ("waiting", "inhibited");
         world.inhibitors = vec![("dock\x07".into(), "docking".into(), 1000, NOW_US - 5 * MINUTE)];
+        world.notes = vec!["the kernel throttles".into(), "tj \x1b cannot be read".into()];
     }
     assert_eq!(
         clean(bench.run(&["status"]).await),
@@ -188,6 +189,8 @@ async fn status() {
 ● finetuned 0.1.0
     State: waiting (inhibited): somebody holds all training
    Device: CPU (2 threads)
+    Notes: the kernel throttles
+           tj \\u{1b} cannot be read
       Run: none has the device
     Queue: 2 runs
   Held by: dock\\u{7} (robot): docking, since 2023-11-14 22:08:20 (5 min 0 s ago)
@@ -196,8 +199,86 @@ async fn status() {
     assert_eq!(
         clean(bench.run(&["status", "--json"]).await),
         "{\"schema\":1,\"version\":\"0.1.0\",\"state\":\"waiting\",\"reason\":\"inhibited\",\
-         \"device\":\"CPU (2 threads)\",\"active_run\":null,\"unfinished_runs\":2,\"governor\":null,\"inhibitors\":[{\"who\":\
+         \"device\":\"CPU (2 threads)\",\"active_run\":null,\"unfinished_runs\":2,\"governor\":null,\"notes\":\
+         [\"the kernel throttles\",\"tj \\u001b cannot be read\"],\"inhibitors\":[{\"who\":\
          \"dock\\u0007\",\"why\":\"docking\",\"uid\":1000,\"since_us\":1699999700000000}]}\n"
+    );
+}
+
+fn limited() -> World {
+    let entry = |key, value: &str, files, source| (key, value.to_string(), files, source);
+    World {
+        budget: vec![
+            entry("budget.temperature", "85", "85", "default"),
+            entry("budget.power", "\"30W\"", "\"30W\"", "file"),
+            entry("window.times", "[\"22:00-06:00\"]", "[]", "set"),
+            entry("window.quiet", "[]", "[]", "default"),
+        ],
+        ..world()
+    }
+}
+
+#[tokio::test]
+async fn budget() {
+    let bench = Bench::new(limited()).await;
+    assert_eq!(
+        clean(bench.run(&["budget", "show"]).await),
+        "\
+KEY                 VALUE        FROM
+budget.temperature  85 °C        default
+budget.power        30 W         /etc/finetuned/finetuned.toml:3
+window.times        22:00-06:00  set by robot 2023-11-14 22:08:20, 5 min 0 s ago
+window.quiet        never        default
+"
+    );
+    assert_eq!(clean(bench.run(&["budget", "show", "power", "window"]).await).lines().count(), 4);
+    let shown = json(&clean(bench.run(&["budget", "show", "window.times", "--json"]).await));
+    assert_eq!(
+        shown["budget"][0].to_string(),
+        r#"{"key":"window.times","value":["22:00-06:00"],"default":"none","files":[],"source":"set","place":null,"uid":1000,"time_us":1699999700000000}"#
+    );
+    let typo = bench.run(&["budget", "show", "pwoer"]).await;
+    assert_eq!(typo.code, 2);
+    assert_eq!(
+        typo.err,
+        "error: the budget has no key \"pwoer\"\n\
+         help: did you mean power? `finetunectl budget show` lists every key\n"
+    );
+
+    assert_eq!(
+        clean(bench.run(&["budget", "set", "power=25W", "budget.temperature = 85"]).await),
+        "budget.temperature: 85 °C → 85\nbudget.power: 30 W → 25 W\n"
+    );
+    let set = json(&clean(bench.run(&["budget", "set", "power=20W", "--runtime", "--json"]).await));
+    assert_eq!((&set["budget"][0]["value"], &set["budget"][0]["source"]), (&"20W".into(), &"runtime".into()));
+    assert_eq!(clean(bench.run(&["budget", "reset", "power"]).await), "budget.power: 20 W → 30 W\n");
+    assert_eq!(
+        clean(bench.run(&["budget", "reset"]).await),
+        "budget.temperature: 85 → 85 °C\nwindow.times: 22:00-06:00 → always\n"
+    );
+    let nothing = bench.run(&["budget", "reset", "--yes"]).await;
+    assert_eq!((nothing.code, nothing.err.as_str()), (0, "nothing was set\n"));
+    assert_eq!(
+        bench.shared.world().calls.join("\n"),
+        "SetBudget [(\"budget.power\", \"25W\"), (\"budget.temperature\", \"85\")] runtime=false\n\
+         SetBudget [(\"budget.power\", \"20W\")] runtime=true\n\
+         ResetBudget [\"budget.power\"]\nResetBudget []\nResetBudget []"
+    );
+    for (words, said) in [
+        (&["budget", "set", "power"][..], "\"power\" is no KEY=VALUE"),
+        (&["budget", "set", "power=1", "budget.power=2"], "budget.power is given twice"),
+        (&["budget", "set", "pwoer=1"], "the budget has no key \"pwoer\""),
+        (&["budget", "reset", "pwoer"], "the budget has no key \"pwoer\""),
+    ] {
+        let ran = bench.run(words).await;
+        assert!(ran.code == 2 && ran.err.contains(said), "{words:?}: {}", ran.err);
+    }
+    bench.shared.world().refusal =
+        Some(|_| Error::InvalidInput("budget.powr: unknown key\nwindow: wrong".into()));
+    let refused = bench.run(&["budget", "set", "budget.powr=1"]).await;
+    assert_eq!(
+        (refused.code, refused.err.as_str()),
+        (2, "error: budget.powr: unknown key\nerror: window: wrong\n")
     );
 }
 
@@ -242,6 +323,52 @@ async fn orders() {
         "Pause 3f2a91c04d7e, Pause aa0000000001, Resume 3f2a91c04d7e, Cancel 3f2a91c04d7e, Remove 3f2a91c04d7e, \
          Remove aa0000000001, SetPriority -7, SetPriority 3, Checkpoint 3f2a91c04d7e, Checkpoint 3f2a91c04d7e, \
          Evaluate 3f2a91c04d7e, Evaluate 3f2a91c04d7e"
+    );
+}
+
+#[tokio::test]
+async fn deadlines() {
+    let bench = Bench::new(world()).await;
+    // It is 22:13:20 now.
+    assert_eq!(
+        clean(bench.run(&["deadline", "night", "06:00"]).await),
+        "night (3f2a91c04d7e): deadline 2023-11-15 06:00:00 (in 7 h 46 min)\n"
+    );
+    bench.shared.world().runs[0].deadline_at_risk = true;
+    let page = bench.run(&["show", "night"]).await.out;
+    assert!(
+        page.contains(
+            "    Deadline: 2023-11-15 06:00:00 (in 7 h 46 min): it will not be done by then at this pace, in the hours that \
+             are left\n"
+        ),
+        "{page}"
+    );
+    let status = clean(bench.run(&["status"]).await);
+    assert!(status.contains("2 min 10 s left  deadline at risk\n"), "{status}");
+    assert_eq!(
+        clean(bench.run(&["list"]).await),
+        "\
+ID     NAME           STATE                DONE   STEP     LOSS    EVAL    OWNER  AGE    DEADLINE
+3f2a9  night          running              38 %   46/120   1.2345  1.3010  robot  2 h    in 7 h, at risk
+3f2a0  day\\u{1b}[31m  waiting (inhibited)  0 %    0        -       -       4711   3 min  -
+aa000  old            succeeded            100 %  120/120  0.5000  0.7500  root   2 d    -
+"
+    );
+    let run = json(&clean(bench.run(&["deadline", "night", "+1h", "--json"]).await))["run"].clone();
+    assert_eq!(
+        (&run["deadline_us"], &run["deadline_at_risk"]),
+        (&(NOW_US + 60 * MINUTE).into(), &true.into())
+    );
+    assert_eq!(clean(bench.run(&["deadline", "night", "none"]).await), "night (3f2a91c04d7e): no deadline\n");
+    let bad = bench.run(&["deadline", "night", "soon"]).await;
+    assert!(
+        bad.code == 2 && bad.err.starts_with("error: \"soon\" is no time: write a local one"),
+        "{}",
+        bad.err
+    );
+    assert_eq!(
+        bench.shared.world().calls.join(", "),
+        "SetDeadline 3f2a91c04d7e 1700028000000000, SetDeadline 3f2a91c04d7e 1700003600000000, SetDeadline 3f2a91c04d7e 0"
     );
 }
 

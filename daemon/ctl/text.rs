@@ -99,8 +99,13 @@ pub fn count(number: usize, noun: &str) -> String {
 /// Columns under their headers, two spaces apart; the last column is not padded. Cells are made printable and names are
 /// cut where they would push everything else off the screen.
 pub fn table<const N: usize>(headers: [&str; N], rows: &[[String; N]]) -> String {
+    columns(headers, rows, LONGEST)
+}
+
+/// A [`table`] whose cells are cut at `longest` characters.
+pub fn columns<const N: usize>(headers: [&str; N], rows: &[[String; N]], longest: usize) -> String {
     let cells: Vec<[String; N]> = std::iter::once(headers.map(String::from))
-        .chain(rows.iter().map(|row| std::array::from_fn(|i| shorten(&printable(&row[i]), LONGEST))))
+        .chain(rows.iter().map(|row| std::array::from_fn(|i| shorten(&printable(&row[i]), longest))))
         .collect();
     let width = |i: usize| cells.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);

@@ -47,6 +47,8 @@ pub fn queued(number: u8, owner: u32) -> RunView {
         checkpoint_step: None,
         memory_bytes: 0,
         energy: Default::default(),
+        deadline_us: 0,
+        deadline_at_risk: false,
     }
 }
 
@@ -136,11 +138,12 @@ impl Fake {
                     })
                     .collect();
                 self.hear(format!(
-                    "submit {:?} by {} files [{}] priority {} hold {} spec {:?}",
+                    "submit {:?} by {} files [{}] priority {} deadline {} hold {} spec {:?}",
                     submission.spec_name,
                     submission.owner,
                     files.join(" "),
                     submission.priority,
+                    submission.deadline_us,
                     submission.hold,
                     submission.spec
                 ));
@@ -174,6 +177,12 @@ impl Fake {
             Command::SetPriority(id, priority, reply) => {
                 let answer = self.checked(&id, |_| Ok(())).map(|_| {
                     self.update(&id, |view| view.priority = priority, Change::State);
+                });
+                let _ = reply.send(answer);
+            }
+            Command::SetDeadline(id, deadline_us, reply) => {
+                let answer = self.checked(&id, |_| Ok(())).map(|_| {
+                    self.update(&id, |view| view.deadline_us = deadline_us, Change::State);
                 });
                 let _ = reply.send(answer);
             }

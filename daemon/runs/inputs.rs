@@ -455,6 +455,7 @@ mod tests {
                 files: files.into_iter().map(|(name, fd)| (name.to_string(), fd)).collect(),
                 owner: rustix::process::geteuid().as_raw(),
                 priority: 0,
+                deadline_us: 0,
                 hold: false,
             };
             let before = self.stored();

@@ -29,10 +29,13 @@ use crate::governor::Ruling;
 use crate::governor::door::{Doing, Door, RunNews};
 use crate::governor::energy;
 use crate::reason::Reason;
-use crate::scheduler::{Active, Candidate, Turn, turn};
+use crate::scheduler::window::Windows;
+use crate::scheduler::{Active, Candidate, Turn, deadline, turn};
 use crate::units::{Joules, RunId};
 use crate::worker::launch::Launcher;
 use crate::worker::protocol::{Finished, Phase, Report, Start};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -53,6 +56,12 @@ const COPIES: usize = 64;
 
 /// Runs of one user that are kept, those that are over counted.
 const KEPT_PER_USER: usize = 10_000;
+
+/// How often it is looked at whether runs will be done by their deadlines.
+const DEADLINES: Duration = Duration::from_secs(30);
+
+/// A deadline that is farther away is a slip: nobody lets a Jetson train for longer.
+const FARTHEST_DEADLINE: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// Checkpoints and evaluations that wait for a worker.
 const REQUESTS: usize = 8;
@@ -141,6 +150,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         submitted,
         arriving: BTreeMap::new(),
         asleep: None,
+        weighed: None,
         stopping: None,
         handle: handle.clone(),
         events,
@@ -348,6 +358,8 @@ struct Owner {
     arriving: BTreeMap<RunId, u32>,
     /// The machine sleeps or goes down: why nothing begins, and who waits until nothing computes.
     asleep: Option<(Reason, Vec<oneshot::Sender<()>>)>,
+    /// When deadlines were last looked at; absent when something about them has changed.
+    weighed: Option<Instant>,
     stopping: Option<(Reason, Vec<oneshot::Sender<()>>)>,
     handle: Runs,
     events: mpsc::Sender<Message>,
@@ -397,6 +409,9 @@ impl Owner {
             }
             Command::SetPriority(id, priority, reply) => {
                 let _ = reply.send(self.set_priority(&id, priority).await);
+            }
+            Command::SetDeadline(id, deadline_us, reply) => {
+                let _ = reply.send(self.set_deadline(&id, deadline_us).await);
             }
             Command::Checkpoint(id, reply) => {
                 self.next_request += 1;
@@ -491,6 +506,7 @@ impl Owner {
         self.submitted += 1;
         record.submitted = self.submitted;
         record.priority = submission.priority;
+        record.deadline_us = submission.deadline_us;
         if submission.hold {
             // A run that was just submitted can always be paused.
             if let Ok(condition) = record.condition.after(Event::Ask(Ask::Pause)) {
@@ -513,6 +529,7 @@ impl Owner {
         if self.stopping.is_some() {
             return Err(RequestError::ShuttingDown);
         }
+        self.check_deadline(submission.deadline_us)?;
         let copying = self.arriving.values().filter(|user| **user == submission.owner).count();
         if copying >= COPIES_PER_USER || self.arriving.len() >= COPIES {
             return Err(RequestError::Limit(format!(
@@ -587,6 +604,7 @@ impl Owner {
                 let id = record.id.clone();
                 self.handle.board().runs.insert(id.clone(), record.view(0));
                 self.runs.insert(id.clone(), Run::new(record));
+                self.weighed = None;
                 self.tell(Change::Added(id.clone()));
                 let _ = reply.send(Ok(id));
             }
@@ -673,12 +691,36 @@ impl Owner {
     }
 
     async fn set_priority(&mut self, id: &RunId, priority: i32) -> Result<(), RequestError> {
+        self.edit(id, |record| record.priority = priority).await
+    }
+
+    async fn set_deadline(&mut self, id: &RunId, deadline_us: u64) -> Result<(), RequestError> {
+        self.check_deadline(deadline_us)?;
+        self.edit(id, |record| (record.deadline_us, record.deadline_at_risk) = (deadline_us, false)).await?;
+        self.weighed = None;
+        Ok(())
+    }
+
+    fn check_deadline(&self, deadline_us: u64) -> Result<(), RequestError> {
+        let now_us = wall_us(&*self.options.clock);
+        let farthest = now_us.saturating_add(FARTHEST_DEADLINE.as_micros() as u64);
+        let problem = match deadline_us {
+            0 => return Ok(()),
+            past if past <= now_us => "lies in the past: give a later time, or none",
+            far if far > farthest => "lies more than a year ahead: give an earlier time, or none",
+            _ => return Ok(()),
+        };
+        Err(RequestError::InvalidInput(format!("the deadline {problem}")))
+    }
+
+    /// Changes something in the record of a run that is not over, that is not its state.
+    async fn edit(&mut self, id: &RunId, edit: impl FnOnce(&mut Record)) -> Result<(), RequestError> {
         let record = &self.known(id)?.record;
         if record.condition.state.is_over() {
             return Err(Refusal::Over(record.condition.state).into());
         }
         let mut changed = record.clone();
-        changed.priority = priority;
+        edit(&mut changed);
         let directory = self.layout.run(id);
         let written = changed.clone();
         on_disk(move || written.write(&directory)).await?;
@@ -864,7 +906,7 @@ impl Owner {
         )))
     }
 
-    /// Takes over what can change while runs are there: limits, the worker's figures (for the next attempt), the
+    /// Takes over what can change while runs are there: limits, the worker's figures (for the next attempt), hours, the
     /// directories of models.
     async fn configure(&mut self, config: DaemonConfig) -> Result<(), RequestError> {
         let models = Arc::new(self.models.with(config.storage.model_directories.clone()));
@@ -875,6 +917,8 @@ impl Owner {
         let launch = std::mem::replace(&mut self.options.config.worker, config.worker).launch;
         self.options.config.worker.launch = launch;
         self.options.config.limits = config.limits;
+        self.options.config.window = config.window;
+        self.weighed = None;
         self.options.config.storage.model_directories = config.storage.model_directories;
         self.tell(Change::Status);
         Ok(())
@@ -1098,6 +1142,10 @@ impl Owner {
             self.write_figures(&id, false).await;
         }
         self.show_energy();
+        if self.weighed.is_none_or(|at| at.elapsed() >= DEADLINES) {
+            self.weighed = Some(Instant::now());
+            self.weigh_deadlines().await;
+        }
     }
 
     /// Shows what runs took since it was looked at last.
@@ -1109,6 +1157,30 @@ impl Owner {
             if before != RunEnergy::new(&run.energy, None) {
                 self.show(&id, Change::Figures(id.clone()));
             }
+        }
+    }
+
+    /// Looks at whether every run will be done by its deadline.
+    async fn weigh_deadlines(&mut self) {
+        // The configuration was checked when it was read.
+        let Ok(times) = Windows::open_unless_given(&self.options.config.window.times) else { return };
+        let now = Timestamp::try_from(self.options.clock.wall()).unwrap_or(Timestamp::UNIX_EPOCH);
+        let now = now.to_zoned_datetime(TimeZone::system());
+        let mut changed = Vec::new();
+        let due = self.runs.iter_mut().filter(|(_, run)| run.record.deadline_us > 0);
+        for (id, Run { record, .. }) in due.filter(|(_, run)| !run.record.condition.state.is_over()) {
+            let deadline = i64::try_from(record.deadline_us).unwrap_or(i64::MAX);
+            let deadline = Timestamp::from_microsecond(deadline).unwrap_or(Timestamp::MAX);
+            let left = record.remaining_seconds().map(Duration::from_secs);
+            let at_risk = deadline::at_risk(left, deadline, &times, &now, record.deadline_at_risk);
+            if at_risk != record.deadline_at_risk {
+                record.deadline_at_risk = at_risk;
+                changed.push(id.clone());
+            }
+        }
+        for id in changed {
+            self.write_figures(&id, true).await;
+            self.show(&id, Change::Figures(id.clone()));
         }
     }
 
@@ -1154,6 +1226,7 @@ impl Owner {
             .map(|run| Candidate {
                 id: run.record.id.clone(),
                 priority: run.record.priority,
+                deadline: Some(run.record.deadline_us).filter(|deadline| *deadline > 0),
                 submitted: run.record.submitted,
                 ready: disk && run.ready(now),
             })

@@ -119,6 +119,12 @@ pub struct Record {
     pub message: String,
     /// Figures of the last step that was seen.
     pub figures: Figures,
+    /// When it should be done, in microseconds since 1970; 0 without a deadline.
+    #[serde(default)]
+    pub deadline_us: u64,
+    /// It will not be done by then, and that is told.
+    #[serde(default)]
+    pub deadline_at_risk: bool,
 }
 
 /// A place in a run: completed steps, and sequences done within the next.
@@ -245,14 +251,21 @@ impl Record {
             position: Position::default(),
             message: String::new(),
             figures: Figures::default(),
+            deadline_us: 0,
+            deadline_at_risk: false,
         }
+    }
+
+    /// Training that is left at the pace of the last steps, in seconds.
+    pub fn remaining_seconds(&self) -> Option<u64> {
+        let Figures { step, total_steps, seconds_per_step, .. } = self.figures;
+        let seconds = seconds_per_step.filter(|_| total_steps > 0)?;
+        Some((seconds * total_steps.saturating_sub(step) as f64).ceil() as u64)
     }
 
     /// What everybody may see of it, but for its energy.
     pub fn view(&self, memory_bytes: u64) -> RunView {
         let figures = &self.figures;
-        let left = figures.total_steps.saturating_sub(figures.step);
-        let seconds = figures.seconds_per_step.filter(|_| figures.total_steps > 0);
         RunView {
             id: self.id.clone(),
             name: self.name.clone(),
@@ -270,11 +283,13 @@ impl Record {
             eval_loss: figures.eval_loss,
             tokens_per_second: figures.tokens_per_second,
             progress: figures.progress(),
-            remaining_seconds: seconds.map(|seconds| (seconds * left as f64).ceil() as u64),
+            remaining_seconds: self.remaining_seconds(),
             attempts: self.attempts,
             checkpoint_step: figures.checkpoint_step,
             memory_bytes,
             energy: super::view::RunEnergy::default(),
+            deadline_us: self.deadline_us,
+            deadline_at_risk: self.deadline_at_risk && !self.condition.state.is_over(),
         }
     }
 
@@ -407,6 +422,20 @@ mod tests {
         assert_eq!(back.figures, record.figures);
         assert_eq!((back.condition.state, back.condition.then), (State::Saving, Some(Then::Pause)));
         assert!(!back.condition.worker, "no worker outlives its daemon");
+    }
+
+    #[test]
+    fn a_record_without_a_deadline_reads_as_one_that_has_none() {
+        let (_dir, home) = home();
+        let mut record = record();
+        (record.deadline_us, record.deadline_at_risk) = (9, true);
+        record.write(&home).unwrap();
+        assert_eq!(Record::read(&home).unwrap().view(0).deadline_us, 9);
+        let text = std::fs::read_to_string(home.join("state.json")).unwrap();
+        let older: String = text.lines().filter(|line| !line.contains("deadline")).collect();
+        std::fs::write(home.join("state.json"), older.replace("},}", "}}")).unwrap();
+        let back = Record::read(&home).unwrap();
+        assert_eq!((back.deadline_us, back.deadline_at_risk), (0, false));
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Submission {
     pub owner: u32,
     /// Higher goes first; 0 is usual.
     pub priority: i32,
+    /// When it should be done, in microseconds since 1970; 0 for never mind.
+    pub deadline_us: u64,
     /// Begin as paused.
     pub hold: bool,
 }
@@ -73,6 +75,10 @@ pub struct RunView {
     pub memory_bytes: u64,
     /// What it took.
     pub energy: RunEnergy,
+    /// When it should be done, in microseconds since 1970; 0 without a deadline.
+    pub deadline_us: u64,
+    /// It will not be done by then.
+    pub deadline_at_risk: bool,
 }
 
 /// What a run took, as far as a meter saw it: nothing is known without one.
@@ -272,6 +278,7 @@ pub(super) enum Command {
     Ask(RunId, Ask, Reply<()>),
     Remove(RunId, Reply<()>),
     SetPriority(RunId, i32, Reply<()>),
+    SetDeadline(RunId, u64, Reply<()>),
     Checkpoint(RunId, Reply<u64>),
     Evaluate(RunId, Reply<f64>),
     Details(RunId, Reply<Details>),
@@ -409,6 +416,11 @@ impl Runs {
         self.ask(|reply| Command::SetPriority(id.clone(), priority, reply)).await
     }
 
+    /// Changes when a run should be done, in microseconds since 1970; 0 takes its deadline away.
+    pub async fn set_deadline(&self, id: &RunId, deadline_us: u64) -> Result<(), RequestError> {
+        self.ask(|reply| Command::SetDeadline(id.clone(), deadline_us, reply)).await
+    }
+
     /// Has a checkpoint written; its completed steps.
     pub async fn checkpoint(&self, id: &RunId) -> Result<u64, RequestError> {
         self.ask(|reply| Command::Checkpoint(id.clone(), reply)).await
@@ -456,8 +468,8 @@ impl Runs {
         self.ask(|reply| Command::RemoveModel(name, reply)).await
     }
 
-    /// Takes over what can change while runs are there: `[limits]`, `[worker]` but for `launch`, and
-    /// `storage.model_directories`.
+    /// Takes over what can change while runs are there: `[limits]`, `[worker]` but for `launch`, `[window]` (for deadlines),
+    /// and `storage.model_directories`.
     pub async fn configure(&self, config: DaemonConfig) -> Result<(), RequestError> {
         self.ask(|reply| Command::Configure(Box::new(config), reply)).await
     }

@@ -1,6 +1,7 @@
 //! What decides which run has the device, and when. Pure: the owner of the runs asks after every event, and acts.
 
 pub mod conditions;
+pub mod deadline;
 mod queue;
 pub mod window;
 

@@ -1,4 +1,5 @@
-//! The queue: one run has the device; the next is the one with the highest priority, of several the oldest.
+//! The queue: one run has the device; the next is the one with the highest priority, of several the one with the earliest
+//! deadline, of several the oldest. A run without a deadline comes after those that have one.
 //!
 //! ```text
 //!                     device free                         device taken by A
@@ -20,6 +21,8 @@ pub struct Candidate {
     pub id: RunId,
     /// Higher goes first.
     pub priority: i32,
+    /// When it should be done, in microseconds since 1970, if that matters.
+    pub deadline: Option<u64>,
     /// Its number in the order of submission.
     pub submitted: u64,
     /// Whether it may begin now: it is not paused, and its backoff is over.
@@ -59,7 +62,7 @@ pub enum Turn {
 /// Who is next.
 pub fn turn(candidates: &[Candidate], active: Option<&Active>, hold: Option<Reason>) -> Turn {
     let ready = candidates.iter().filter(|candidate| candidate.ready);
-    let first = ready.min_by_key(|candidate| (Reverse(candidate.priority), candidate.submitted));
+    let first = ready.min_by_key(|candidate| place(candidate));
     match (active, first, hold) {
         (Some(Active { stopping: true, .. }), _, _) => Turn::Stopping,
         (Some(_), _, Some(reason)) => Turn::Park(reason),
@@ -73,6 +76,11 @@ pub fn turn(candidates: &[Candidate], active: Option<&Active>, hold: Option<Reas
     }
 }
 
+/// Its place among the others: the least goes first.
+fn place(candidate: &Candidate) -> (Reverse<i32>, u64, u64) {
+    (Reverse(candidate.priority), candidate.deadline.unwrap_or(u64::MAX), candidate.submitted)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,7 +91,7 @@ mod tests {
     }
 
     fn candidate(n: u8, priority: i32, ready: bool) -> Candidate {
-        Candidate { id: id(n), priority, submitted: n.into(), ready }
+        Candidate { id: id(n), priority, deadline: None, submitted: n.into(), ready }
     }
 
     #[test]
@@ -95,6 +103,17 @@ mod tests {
         assert_eq!(turn(&backing_off, None, None), Turn::Begin(id(1)));
         assert_eq!(turn(&backing_off, None, Some(Reason::Inhibited)), Turn::Wait(id(1), Reason::Inhibited));
         assert_eq!(turn(&[], None, Some(Reason::Inhibited)), Turn::Idle);
+    }
+
+    #[test]
+    fn of_equal_priority_the_earliest_deadline_goes_first_and_takes_the_device_from_nobody() {
+        let due = |n, priority, deadline| Candidate { deadline, ..candidate(n, priority, true) };
+        let queue = [due(1, 0, None), due(2, 0, Some(900)), due(3, 0, Some(500)), due(4, -1, Some(1))];
+        assert_eq!(turn(&queue, None, None), Turn::Begin(id(3)));
+        assert_eq!(turn(&queue[..2], None, None), Turn::Begin(id(2)), "before one that has time");
+        assert_eq!(turn(&[due(1, 0, Some(5)), due(2, 0, Some(5))], None, None), Turn::Begin(id(1)));
+        let active = Active { id: id(9), priority: 0, stopping: false };
+        assert_eq!(turn(&queue, Some(&active), None), Turn::Go);
     }
 
     #[test]
@@ -112,19 +131,27 @@ mod tests {
     proptest! {
         #[test]
         fn the_one_that_begins_is_ready_and_nobody_ready_is_before_it(
-            runs in prop::collection::vec((-3..3i32, any::<bool>()), 0..20)
+            runs in prop::collection::vec((-3..3i32, any::<bool>(), prop::option::of(0..3u64)), 0..20)
         ) {
-            let queue: Vec<_> =
-                runs.iter().enumerate().map(|(n, &(priority, ready))| candidate(n as u8, priority, ready)).collect();
+            let queue: Vec<_> = runs
+                .iter()
+                .enumerate()
+                .map(|(n, &(priority, ready, deadline))| Candidate { deadline, ..candidate(n as u8, priority, ready) })
+                .collect();
             match turn(&queue, None, None) {
                 Turn::Idle => prop_assert!(queue.iter().all(|c| !c.ready)),
                 Turn::Begin(first) => {
                     let first = queue.iter().find(|c| c.id == first).unwrap();
                     prop_assert!(first.ready);
                     for other in queue.iter().filter(|c| c.ready && c.id != first.id) {
+                        let later = match (other.deadline, first.deadline) {
+                            (Some(theirs), Some(ours)) if theirs != ours => theirs > ours,
+                            (None, Some(_)) => true,
+                            (Some(_), None) => false,
+                            _ => other.submitted > first.submitted,
+                        };
                         prop_assert!(
-                            other.priority < first.priority
-                                || (other.priority == first.priority && other.submitted > first.submitted)
+                            other.priority < first.priority || (other.priority == first.priority && later)
                         );
                     }
                 }

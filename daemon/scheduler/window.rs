@@ -66,9 +66,19 @@ impl Windows {
 
     /// How long it is open between now and a deadline: what is left of it to compute in.
     pub fn open_before(&self, now: &ZonedDateTime, deadline: Timestamp) -> SignedDuration {
+        self.open(now, deadline, SignedDuration::MAX)
+    }
+
+    /// Whether it is open for at least so long between now and a deadline.
+    pub fn are_open_for(&self, now: &ZonedDateTime, deadline: Timestamp, needed: SignedDuration) -> bool {
+        self.open(now, deadline, needed) >= needed
+    }
+
+    /// How long it is open before a deadline, looking no further than where it is enough.
+    fn open(&self, now: &ZonedDateTime, deadline: Timestamp, enough: SignedDuration) -> SignedDuration {
         let mut left = SignedDuration::ZERO;
         let mut at = now.clone();
-        while at.timestamp() < deadline {
+        while left < enough && at.timestamp() < deadline {
             let until = self.next_change(&at).map_or(deadline, |change| change.min(deadline));
             if self.at(&at) {
                 left = left.saturating_add(until.duration_since(at.timestamp()));
@@ -254,6 +264,14 @@ mod tests {
         let now = at("2026-11-24T12:00[UTC]");
         let left = |hours: i64| nights.open_before(&now, now.timestamp() + hours.hours()).as_hours();
         assert_eq!([0, 10, 12, 24, 48].map(left), [0, 0, 2, 8, 16]);
+        for hours in 0..60 {
+            let deadline = now.timestamp() + hours.hours();
+            let open = nights.open_before(&now, deadline);
+            for (more, enough) in [(-1, true), (0, true), (1, false)] {
+                let needed = open + SignedDuration::from_secs(more);
+                assert_eq!(nights.are_open_for(&now, deadline, needed), enough, "{hours} h, {more} s");
+            }
+        }
         assert_eq!(windows(&[]).open_before(&now, now.timestamp() + 5.hours()).as_hours(), 5);
     }
 }

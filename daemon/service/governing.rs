@@ -264,8 +264,10 @@ impl Rounds {
         }
         view.notes.extend(self.machine.iter().cloned().chain(cautions));
         if let Some(why) = &config.settings_lost {
-            view.notes
-                .push(format!("nothing trains until `finetunectl budget reset`: settings are lost: {why}"));
+            let why = why.lines().collect::<Vec<_>>().join("; ");
+            view.notes.push(format!(
+                "settings are lost, so nothing trains until `finetunectl budget reset`: {why}"
+            ));
         }
         self.keeper.round(&Round {
             clock: &*self.clock,

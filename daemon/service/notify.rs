@@ -184,6 +184,8 @@ pub(super) mod tests {
             checkpoint_step: None,
             memory_bytes: 0,
             energy: Default::default(),
+            deadline_us: 0,
+            deadline_at_risk: false,
         }
     }
 

@@ -21,6 +21,7 @@ struct Seen {
     reason: Option<Reason>,
     attempts: u32,
     checkpoint_step: Option<u64>,
+    deadline_at_risk: bool,
 }
 
 impl Seen {
@@ -30,6 +31,7 @@ impl Seen {
             reason: view.reason,
             attempts: view.attempts,
             checkpoint_step: view.checkpoint_step,
+            deadline_at_risk: view.deadline_at_risk,
         }
     }
 }
@@ -121,6 +123,11 @@ fn compare(before: Option<&Seen>, now: &Seen, view: &RunView) -> Vec<Told> {
     {
         let text = format!("run {name:?} has a checkpoint at step {step}");
         tell(Level::DEBUG, Some(messages::CHECKPOINT_WRITTEN), text);
+    }
+    if now.deadline_at_risk && before.is_none_or(|before| !before.deadline_at_risk) {
+        let left = view.remaining_seconds.map_or("an unknown time".into(), |left| format!("{left} s"));
+        let text = format!("run {name:?} will not be done by its deadline: {left} of training are left");
+        tell(Level::WARN, Some(messages::DEADLINE_AT_RISK), text);
     }
     let moved =
         before.is_none_or(|b| (b.state, b.reason, b.attempts) != (now.state, now.reason, now.attempts));
@@ -253,6 +260,16 @@ mod tests {
                 info(Some(messages::RUN_SUCCEEDED)),
             ]
         );
+    }
+
+    #[test]
+    fn a_deadline_at_risk_is_told_once() {
+        let late = RunView { deadline_us: 9, deadline_at_risk: true, ..at(State::Running, None) };
+        let step = RunView { step: 121, ..late.clone() };
+        let told = tell(&[at(State::Running, None), late.clone(), step, at(State::Running, None), late]);
+        let risks: Vec<_> = told.iter().filter(|(_, id)| *id == Some(messages::DEADLINE_AT_RISK)).collect();
+        assert_eq!(risks.len(), 2, "once each time that it comes to be so");
+        assert_eq!(risks[0].0, Level::WARN);
     }
 
     #[test]

@@ -111,12 +111,156 @@ fn a_sensor_that_vanishes_is_a_pause() {
     });
 }
 
+/// Hours that are far from now, whatever the time.
+fn far_hour() -> String {
+    let hour = jiff::ZonedDateTime::now().hour();
+    format!("{:02}:00-{:02}:00", (hour + 10) % 24, (hour + 11) % 24)
+}
+
+const ENDLESS: &[&str] = &["train.max_steps=100000", "train.checkpoint_every=0", "train.evaluate_every=0"];
+
+/// finetunectl must end with this code; what it printed.
+fn ctl(daemon: &Daemon, code: i32, arguments: &[&str]) -> String {
+    let output = daemon.ctl(arguments);
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}:\n{text}");
+    text
+}
+
+/// Starts the daemon again.
+fn restart(daemon: &mut Daemon) {
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), Some(0));
+    daemon.start();
+}
+
+/// Waits until the run, over a new connection, is in this state for this reason.
+fn becomes(daemon: &Daemon, path: &zbus::OwnedObjectPath, state: &str, reason: &str) {
+    block_on(async {
+        let manager = daemon.manager().await;
+        let run = daemon.run(&manager, path).await;
+        eventually(&format!("{state} ({reason})"), || async {
+            let now = (run.state().await.unwrap(), run.reason().await.unwrap());
+            (now == (state.into(), reason.into())).then_some(())
+        })
+        .await;
+    });
+}
+
+#[test]
+fn what_is_set_holds_at_once_and_after_a_restart_and_is_never_forgotten_silently() {
+    let mut daemon = Daemon::peer("");
+    let path = block_on(async {
+        let manager = daemon.manager().await;
+        submit(&manager, shared(), ENDLESS, HashMap::new()).await.unwrap()
+    });
+    becomes(&daemon, &path, "running", "");
+    let closed = format!("times={}", far_hour());
+    let said = ctl(&daemon, 0, &["budget", "set", &closed, "power=900W"]);
+    assert!(
+        said.contains("window.times: always → ") && said.contains("budget.power: none → 900 W"),
+        "{said}"
+    );
+    becomes(&daemon, &path, "waiting", "outside-window");
+    assert!(daemon.log().contains("window.times was [] and is [\""), "who changed what is logged");
+    // All or nothing.
+    let said = ctl(&daemon, 2, &["budget", "set", "times=", "budget.powr=1", "temperature=70"]);
+    assert!(
+        said.contains("did you mean `power`?") && said.contains("budget.temperature_resume: is 75.0 °C"),
+        "{said}"
+    );
+    restart(&mut daemon);
+    becomes(&daemon, &path, "waiting", "outside-window");
+    daemon.signal("HUP");
+    let shown = ctl(&daemon, 0, &["budget", "show", "times"]);
+    assert!(shown.contains("set by "), "{shown}");
+    ctl(&daemon, 0, &["budget", "reset", "times"]);
+    becomes(&daemon, &path, "running", "");
+    assert!(ctl(&daemon, 0, &["budget", "show"]).contains("900 W"), "the other key stays");
+
+    ctl(&daemon, 0, &["budget", "set", "--runtime", &closed]);
+    becomes(&daemon, &path, "waiting", "outside-window");
+    restart(&mut daemon);
+    becomes(&daemon, &path, "running", "");
+
+    // A file that cannot be read may have held a stricter limit.
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(), Some(0));
+    std::fs::write(daemon.path("state/budget.toml"), "[\"budget.power\"\nvalue =").unwrap();
+    daemon.start();
+    becomes(&daemon, &path, "waiting", "settings-lost");
+    for command in [&["status"][..], &["doctor"]] {
+        let output = daemon.ctl(command);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            said.contains("settings are lost, so nothing trains") && said.contains("budget.toml:1"),
+            "{said}"
+        );
+    }
+    assert!(daemon.log().contains("cannot be kept to, so nothing trains"));
+    assert!(ctl(&daemon, 2, &["budget", "set", "power=20W"]).contains("finetunectl budget reset"));
+    daemon.signal("HUP");
+    becomes(&daemon, &path, "waiting", "settings-lost");
+    ctl(&daemon, 0, &["budget", "reset"]);
+    becomes(&daemon, &path, "running", "");
+    assert!(daemon.path("state/budget.toml.damaged").exists(), "for who wants to know what stood in it");
+    ctl(&daemon, 0, &["cancel", path.as_str().rsplit('/').next().unwrap()]);
+}
+
+#[test]
+fn a_deadline_that_cannot_be_kept_is_told_once() {
+    let mut daemon = Daemon::peer(&format!("[window]\ntimes = [{:?}]\n", far_hour()));
+    let now_us = || std::time::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
+    let in_hours = |hours: u64| now_us() + hours * 3_600_000_000;
+    let path = block_on(async {
+        let manager = daemon.manager().await;
+        for wrong in [1, in_hours(24 * 400)] {
+            let options = HashMap::from([("deadline".to_string(), wrong.into())]);
+            assert_eq!(
+                crate::daemon::name(submit(&manager, shared(), ENDLESS, options).await),
+                "InvalidInput"
+            );
+        }
+        // Its hours begin nine hours from now at the earliest.
+        let options = HashMap::from([("deadline".to_string(), in_hours(2).into())]);
+        submit(&manager, shared(), ENDLESS, options).await.unwrap()
+    });
+    let id = path.as_str().rsplit('/').next().unwrap().to_string();
+    let at_risk = |daemon: &Daemon, wanted: bool| {
+        block_on(async {
+            let manager = daemon.manager().await;
+            let run = daemon.run(&manager, &path).await;
+            eventually(&format!("at risk: {wanted}"), || async {
+                (run.deadline_at_risk().await.unwrap() == wanted).then_some(())
+            })
+            .await;
+        });
+    };
+    let told = |daemon: &Daemon| daemon.log().matches("will not be done by its deadline").count();
+    at_risk(&daemon, true);
+    assert!(ctl(&daemon, 0, &["list"]).contains(", at risk"));
+    restart(&mut daemon);
+    at_risk(&daemon, true);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(told(&daemon), 1, "once, and not again after a restart:\n{}", daemon.log());
+    // Other hours, another deadline.
+    ctl(&daemon, 0, &["budget", "set", "times=[]"]);
+    at_risk(&daemon, false);
+    ctl(&daemon, 0, &["budget", "reset", "times"]);
+    at_risk(&daemon, true);
+    let said = ctl(&daemon, 0, &["deadline", &id, "+20h"]);
+    assert!(said.contains("(in 19 h 59 min)") || said.contains("(in 20 h 0 min)"), "{said}");
+    at_risk(&daemon, false);
+    ctl(&daemon, 2, &["deadline", &id, "2001-01-01 00:00"]);
+    ctl(&daemon, 0, &["deadline", &id, "none"]);
+    ctl(&daemon, 0, &["cancel", &id]);
+    ctl(&daemon, 8, &["deadline", &id, "+1h"]);
+}
+
 #[test]
 fn outside_its_hours_a_run_waits_and_a_reload_opens_them() {
-    // An hour that is far from now, whatever the time.
-    let hour = jiff::ZonedDateTime::now().hour();
-    let closed = format!("[window]\ntimes = [\"{:02}:00-{:02}:00\"]\n", (hour + 10) % 24, (hour + 11) % 24);
-    let daemon = Daemon::peer(&closed);
+    let daemon = Daemon::peer(&format!("[window]\ntimes = [{:?}]\n", far_hour()));
     block_on(async {
         let manager = daemon.manager().await;
         let path = submit(&manager, shared(), &[], HashMap::new()).await.unwrap();

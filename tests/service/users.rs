@@ -100,6 +100,20 @@ fn polkit_decides_and_a_run_belongs_to_who_submitted_it() {
     office.expect(0, ADA, &["priority", id, "-1"]);
     office.expect(5, BOB, &["inhibit", "--why", "a test", "--", "true"]);
     office.expect(5, ADA, &["model", "add", "mine", "model"]);
+    assert!(office.expect(0, BOB, &["budget", "show"]).contains("budget.power"), "reading is for everybody");
+    for change in [&["budget", "set", "power=25W"][..], &["budget", "reset", "--yes"]] {
+        let said = office.expect(5, ADA, change);
+        assert!(said.contains("may not change models or settings"), "{said}");
+    }
+    office.expect(5, BOB, &["deadline", id, "+8h"]);
+    office.expect(0, ADA, &["deadline", id, "+8h"]);
+    bus.allow(&["configure"]);
+    office.expect(0, ADA, &["budget", "set", "power=25W"]);
+    assert!(
+        daemon.log().contains("budget.power was \"none\" and is \"25W\": changed by user 2"),
+        "{}",
+        daemon.log()
+    );
     bus.allow(&["manage-all", "inhibit"]);
     office.expect(0, BOB, &["inhibit", "--why", "a test", "--", "true"]);
     office.expect(0, BOB, &["cancel", id]);

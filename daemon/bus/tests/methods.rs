@@ -29,15 +29,19 @@ async fn a_run_is_submitted_and_there_at_once() {
     let bench = Bench::new(Authorization::Group);
     let ada = bench.client(ADA, &[7, MEMBERS]).await;
     let manager = ada.manager().await;
-    let given =
-        options(&[("spec-name", "chat.toml".into()), ("priority", (-3).into()), ("hold", true.into())]);
+    let given = options(&[
+        ("spec-name", "chat.toml".into()),
+        ("priority", (-3).into()),
+        ("hold", true.into()),
+        ("deadline", 77u64.into()),
+    ]);
     let spec = "[model]\nname = \"tiny\"\n".to_string();
     let path =
         manager.submit(spec, files(&[("train.jsonl", "T"), ("eval.jsonl", "E")]), given).await.unwrap();
     assert_eq!(
         bench.fake.heard(),
         [format!(
-            "submit \"chat.toml\" by {ADA} files [eval.jsonl=E train.jsonl=T] priority -3 hold true spec \
+            "submit \"chat.toml\" by {ADA} files [eval.jsonl=E train.jsonl=T] priority -3 deadline 77 hold true spec \
              \"[model]\\nname = \\\"tiny\\\"\\n\""
         )]
     );
@@ -68,7 +72,7 @@ async fn a_submission_is_checked_before_it_is_passed_on() {
 
     let (name, text) = refusal(submit("", files(&[]), options(&[("hodl", true.into())])).await);
     assert_eq!(name, "InvalidInput");
-    assert_eq!(text, "\"hodl\" is no option: this call knows spec-name, priority, hold");
+    assert_eq!(text, "\"hodl\" is no option: this call knows spec-name, priority, deadline, hold");
     let (name, text) = refusal(submit("", files(&[]), options(&[("hold", "yes".into())])).await);
     assert_eq!((name.as_str(), text.contains("\"s\"")), ("InvalidInput", true), "{text}");
 
@@ -96,6 +100,8 @@ async fn runs_are_steered() {
     let (manager, run) = (ada.manager().await, ada.run(&id(1)).await);
     let none = Dictionary::new;
 
+    run.set_deadline(9).await.unwrap();
+    assert_eq!((run.deadline().await.unwrap(), run.deadline_at_risk().await.unwrap()), (9, false));
     assert_eq!(refusal(run.resume(none()).await).0, "NotPaused");
     run.pause(none()).await.unwrap();
     assert_eq!(run.state().await.unwrap(), "paused");
