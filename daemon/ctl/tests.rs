@@ -250,7 +250,7 @@ async fn orders() {
 async fn refusals() {
     let bench = Bench::new(world()).await;
     type Refused = (fn(String) -> Error, u8, &'static str);
-    let errors: [Refused; 16] = [
+    let errors: [Refused; 17] = [
         (Error::NoSuchRun, 4, "NoSuchRun"),
         (Error::AmbiguousRun, 4, "AmbiguousRun"),
         (Error::NoSuchModel, 4, "NoSuchModel"),
@@ -265,6 +265,7 @@ async fn refusals() {
         (Error::BeingCancelled, 8, "BeingCancelled"),
         (Error::NotActive, 1, "NotActive"),
         (Error::NotOver, 1, "NotOver"),
+        (Error::Busy, 1, "Busy"),
         (Error::Failed, 1, "Failed"),
         (Error::ShuttingDown, 7, "ShuttingDown"),
     ];

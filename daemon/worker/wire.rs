@@ -355,8 +355,9 @@ mod tests {
                 spec,
                 threads
             })),
-            (any::<bool>(), finite(), any::<u64>(), any::<u64>())
-                .prop_map(|(run, duty, until_ms, hold)| Request::Permit(Permit { run, duty, until_ms, hold })),
+            (any::<bool>(), finite(), any::<u64>(), any::<u64>()).prop_map(|(run, duty, until_ms, hold)| {
+                Request::Permit(Permit { run, duty, until_ms, hold })
+            }),
             any::<u64>().prop_map(|request| Request::Checkpoint { request }),
             any::<u64>().prop_map(|request| Request::Evaluate { request }),
             reason().prop_map(|reason| Request::Stop { reason }),

@@ -77,7 +77,8 @@ fn a_garbage_line_while_it_trains() {
     drop(command);
     let mut write = ours.try_clone().unwrap();
     write.write_all(&encode(&start(shared(), output.path(), &LONG)).unwrap()).unwrap();
-    let permit = encode(&Request::Permit(Permit { run: true, duty: 1.0, until_ms: u64::MAX, hold: 0 })).unwrap();
+    let permit =
+        encode(&Request::Permit(Permit { run: true, duty: 1.0, until_ms: u64::MAX, hold: 0 })).unwrap();
     write.write_all(&permit).unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(ours));

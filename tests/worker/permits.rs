@@ -68,7 +68,12 @@ fn no_permit_no_step() {
     daemon.leave = Leave::Silence;
     for ahead in [300, 1_000_000] {
         let until = SystemClock::new().monotonic() + Duration::from_millis(ahead);
-        daemon.send(&Request::Permit(Permit { run: true, duty: 1.0, until_ms: until.as_millis() as u64, hold: 0 }));
+        daemon.send(&Request::Permit(Permit {
+            run: true,
+            duty: 1.0,
+            until_ms: until.as_millis() as u64,
+            hold: 0,
+        }));
         let given = Instant::now();
         daemon.until(is_step);
         let parked = daemon.until(is_parked);
@@ -83,6 +88,28 @@ fn no_permit_no_step() {
     assert_eq!(daemon.last_word(), stopped(Reason::User));
     assert_eq!(daemon.exit(), Exit::Code(0));
     assert_saved(output.path());
+}
+
+#[test]
+fn it_says_once_for_every_hold_that_nothing_computes_any_more() {
+    let output = shared().output();
+    let mut daemon = Daemon::in_training(output.path());
+    let said = |report: &Report| matches!(report, Report::Parked { .. });
+    for hold in [7, 8] {
+        daemon.leave = Leave::Silence;
+        for _ in 0..3 {
+            daemon.send(&Request::Permit(Permit { run: false, duty: 1.0, until_ms: 0, hold }));
+        }
+        let parked = daemon.until(said);
+        assert!(matches!(parked, Report::Parked { hold: of } if of == hold), "{parked:?}");
+        let after = daemon.during(Duration::from_millis(700));
+        assert!(!after.iter().any(|report| said(report) || is_step(report)), "{after:?}");
+        // Its second number without leave in between is another hold, too.
+        daemon.send(&Request::Permit(Permit { run: false, duty: 1.0, until_ms: 0, hold: hold + 10 }));
+        assert!(matches!(daemon.until(said), Report::Parked { hold: of } if of == hold + 10));
+        daemon.leave = Leave::Run;
+        daemon.until(is_step);
+    }
 }
 
 #[test]
