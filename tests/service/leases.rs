@@ -30,8 +30,7 @@ struct Bench {
 }
 
 impl Bench {
-    async fn training() -> Bench {
-        let daemon = Daemon::peer("");
+    async fn training(daemon: Daemon) -> Bench {
         let manager: ManagerProxy<'static> = daemon.manager().await;
         let path = submit(&manager, shared(), ENDLESS, HashMap::new()).await.unwrap();
         let run = daemon.run(&manager, &path).await;
@@ -94,8 +93,9 @@ fn print(what: &str, all: &mut [Duration]) {
 
 #[test]
 fn a_lease_is_granted_after_at_most_one_micro_step_and_nothing_computes_under_it() {
+    let daemon = Daemon::peer("");
     block_on(async {
-        let bench = Bench::training().await;
+        let bench = Bench::training(daemon).await;
         let micro_step = bench.micro_step().await;
         let (mut granted, mut busy, mut resumed) = (Vec::new(), Vec::new(), Vec::new());
         let mut random = 0x9e37_79b9_7f4a_7c15u64;
@@ -128,8 +128,9 @@ fn a_lease_is_granted_after_at_most_one_micro_step_and_nothing_computes_under_it
 
 #[test]
 fn a_killed_holder_gives_the_device_back_within_a_second() {
+    let daemon = Daemon::peer("");
     block_on(async {
-        let bench = Bench::training().await;
+        let bench = Bench::training(daemon).await;
         let mut resumed = Vec::new();
         for _ in 0..20 {
             // A process that has the only copy.
@@ -150,8 +151,9 @@ fn a_killed_holder_gives_the_device_back_within_a_second() {
 
 #[test]
 fn memory_is_free_when_it_was_asked_for_and_a_run_that_prepares_does_not_stand_in_the_way() {
+    let daemon = Daemon::peer("");
     block_on(async {
-        let bench = Bench::training().await;
+        let bench = Bench::training(daemon).await;
         let lease = bench.lease(&[("release-memory", true)]).await.unwrap();
         assert!(bench.daemon.workers().is_empty());
         drop(lease);
@@ -170,8 +172,9 @@ fn memory_is_free_when_it_was_asked_for_and_a_run_that_prepares_does_not_stand_i
 
 #[test]
 fn what_does_not_let_go_is_busy_and_nothing_is_held() {
+    let daemon = Daemon::peer("");
     block_on(async {
-        let bench = Bench::training().await;
+        let bench = Bench::training(daemon).await;
         let worker = bench.daemon.workers()[0];
         signal(worker, "STOP");
         // Who does not want to wait has it at once.
