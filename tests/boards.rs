@@ -5,6 +5,8 @@
 mod arbitrary;
 #[path = "boards/commands.rs"]
 mod commands;
+#[path = "boards/decisions.rs"]
+mod decisions;
 #[path = "boards/faults.rs"]
 mod faults;
 #[path = "boards/tree.rs"]

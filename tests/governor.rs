@@ -3,6 +3,8 @@
 
 #[path = "governor/plant.rs"]
 mod plant;
+#[path = "governor/traces.rs"]
+mod traces;
 
 use finetuned::config::budget::Budget;
 use finetuned::governor::control::{Decision, Level, Note, State, step};

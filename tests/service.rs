@@ -12,6 +12,8 @@ mod full_disk;
 mod governed;
 #[path = "service/kills.rs"]
 mod kills;
+#[path = "service/leases.rs"]
+mod leases;
 #[path = "service/load.rs"]
 mod load;
 #[path = "bus_policy/private_bus.rs"]
@@ -21,5 +23,7 @@ mod private_bus;
 mod queue;
 #[path = "service/runs.rs"]
 mod runs;
+#[path = "service/suspend.rs"]
+mod suspend;
 #[path = "service/users.rs"]
 mod users;

@@ -819,6 +819,8 @@ fn absolute(value: &Value) -> Option<PathBuf> {
 mod tests {
     use super::*;
     use crate::units::Bytes;
+    use proptest::prelude::*;
+    use std::time::Duration;
 
     fn nothing(_: &str) -> Option<OsString> {
         None
@@ -843,6 +845,72 @@ mod tests {
         let mut document = Document::new("", "", PAGE, &[]);
         system().take(&mut document);
         document.known().iter().map(|(section, key)| (section.to_string(), key.to_string())).collect()
+    }
+
+    /// Values of every kind, sensible and not.
+    fn value() -> impl Strategy<Value = String> {
+        let words = [
+            "\"none\"",
+            "\"auto\"",
+            "\"2 W\"",
+            "\"-5Wh\"",
+            "\"1e400 W\"",
+            "\"22:00-06:00\"",
+            "\"99:99\"",
+            "nan",
+            "-inf",
+            "true",
+            "[]",
+            "[\"\"]",
+            "{}",
+            "\"",
+            "1979-05-27",
+            "\"500ms\"",
+            "\"١\"",
+        ];
+        prop_oneof![
+            any::<i64>().prop_map(|number| number.to_string()),
+            any::<f64>().prop_map(|number| format!("{number:e}")),
+            (0.0..120.0f64).prop_map(|number| format!("{number:.1}")),
+            prop::sample::select(words.to_vec()).prop_map(String::from),
+            "[ -~]{0,12}",
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn no_text_makes_a_budget_that_lets_a_chip_get_too_hot(
+            entries in prop::collection::vec((any::<prop::sample::Index>(), value()), 0..6),
+            garbage in prop::option::of(prop::collection::vec(any::<u8>(), 0..80)),
+        ) {
+            let known = known();
+            let text: String = entries
+                .iter()
+                .map(|(which, value)| {
+                    let (section, key) = which.get(&known);
+                    format!("{section}.{key} = {value}\n")
+                })
+                .collect();
+            let bytes = garbage.unwrap_or_else(|| text.into_bytes());
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("finetuned.toml");
+            std::fs::write(&path, &bytes).unwrap();
+            match DaemonConfig::load(Some(&path), Mode::System, &nothing) {
+                Ok(config) => {
+                    let budget = &config.budget;
+                    prop_assert!(budget.temperature_stop <= crate::config::budget::Budget::STOP_LIMIT);
+                    prop_assert!(budget.temperature < budget.temperature_stop);
+                    prop_assert!(budget.temperature_resume < budget.temperature);
+                    prop_assert!((0.01..=0.9).contains(&budget.duty_floor));
+                    prop_assert!(budget.power.is_none_or(|power| power.0 > 0.0 && power.0.is_finite()));
+                    prop_assert!((0.0..=1.0).contains(&config.conditions.minimum_battery));
+                    prop_assert!(config.board.interval <= Duration::from_secs(1));
+                }
+                Err(error) => prop_assert!(error.to_string().contains("finetuned.toml")),
+            }
+        }
     }
 
     #[test]

@@ -178,7 +178,7 @@ impl From<bus::Error> for Failure {
             NotOver(text) => {
                 named(Exit::Error, "NotOver", text).help("wait for its end, or `finetunectl cancel RUN`")
             }
-            Busy(text) => named(Exit::Limit, "Busy", text),
+            Busy(text) => named(Exit::Error, "Busy", text).help("try again"),
             Failed(text) => named(Exit::Error, "Failed", text),
             ShuttingDown(text) => named(Exit::Unreachable, "ShuttingDown", text)
                 .help("try again when it is up: `systemctl status finetuned`"),

@@ -377,7 +377,7 @@ aa000  old            succeeded            100 %  120/120  0.5000  0.7500  root 
 async fn refusals() {
     let bench = Bench::new(world()).await;
     type Refused = (fn(String) -> Error, u8, &'static str);
-    let errors: [Refused; 16] = [
+    let errors: [Refused; 17] = [
         (Error::NoSuchRun, 4, "NoSuchRun"),
         (Error::AmbiguousRun, 4, "AmbiguousRun"),
         (Error::NoSuchModel, 4, "NoSuchModel"),
@@ -392,6 +392,7 @@ async fn refusals() {
         (Error::BeingCancelled, 8, "BeingCancelled"),
         (Error::NotActive, 1, "NotActive"),
         (Error::NotOver, 1, "NotOver"),
+        (Error::Busy, 1, "Busy"),
         (Error::Failed, 1, "Failed"),
         (Error::ShuttingDown, 7, "ShuttingDown"),
     ];

@@ -443,6 +443,7 @@ fn rewrite(path: &Path, entries: &BTreeMap<Key, Entry>) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn seconds(at: f64) -> Duration {
         Duration::from_secs_f64(at)
@@ -606,6 +607,36 @@ mod tests {
             }
         }
         assert!(durable.last().unwrap().1 >= 200.0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        #[test]
+        fn whatever_a_line_holds_is_damage_and_takes_nothing_from_the_others(
+            line in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..60),
+                "[-{}\\[\\]\":,.0-9a-zE_ ]{0,60}".prop_map(String::into_bytes),
+                (any::<f64>(), any::<f64>()).prop_map(|(gross, idle)| format!(
+                    "{{\"night\":\"2026-11-24\",\"gross_j\":{gross:e},\"idle_j\":{idle:e},\"metered_s\":1,\
+                     \"unmetered_s\":0}}"
+                ).into_bytes()),
+            ],
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("energy.jsonl");
+            let run = RunId::parse("00000000000a").unwrap();
+            let tonight: Date = "2026-11-24".parse().unwrap();
+            let mut ledger = Ledger::open(&path).unwrap();
+            ledger.add(tonight, Some(&run), joules(10.0), 5);
+            ledger.sync().unwrap();
+            let sound = std::fs::read(&path).unwrap();
+            std::fs::write(&path, [&line[..], b"\n", &sound[..], &line[..]].concat()).unwrap();
+            let ledger = Ledger::open(&path).unwrap();
+            prop_assert_eq!(ledger.run(&run).energy.gross, Joules(10.0));
+            let night = ledger.night(tonight).energy;
+            prop_assert!(night.gross.0.is_finite() && night.gross >= Joules(10.0));
+        }
     }
 
     #[test]

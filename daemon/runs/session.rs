@@ -281,6 +281,8 @@ impl Talk {
                     (self.phase, self.ticks) = (phase, ticks);
                 }
             }
+            // The next beat may be a second away, and a worker that trains has something to save.
+            Report::Started(_) => (self.moved, self.phase) = (self.heard, Phase::Training),
             // Whatever it reports, it got somewhere.
             _ => self.moved = self.heard,
         }

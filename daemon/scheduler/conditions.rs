@@ -7,6 +7,8 @@
 //!               well within the limit again, for a while: supply 10 s, battery 5 % more, load 80 % of it for a minute
 //! ```
 //!
+//! What has spoken once and is silent, or says nonsense, ends no hold: it is not clear again.
+//!
 //! The hours have no such dwell: they say when they change. Pure: the time is passed in.
 
 use super::window::Windows;
@@ -76,6 +78,16 @@ pub struct Holds {
     /// Averages of others' GPU load and of our own load.
     gpu: Option<f64>,
     own: f64,
+    /// What has spoken.
+    heard: Heard,
+}
+
+/// Sources that have spoken since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Heard {
+    supply: bool,
+    battery: bool,
+    load: bool,
 }
 
 /// One hold.
@@ -127,16 +139,20 @@ impl Holds {
     }
 
     fn take(&mut self, conditions: &Conditions, readings: &Readings, own: Own, dt: f64, now: Duration) {
-        let external = readings.external_power.unwrap_or(true);
-        self.supply.step(!external, external, SUPPLY_BACK, now);
+        let external = readings.external_power;
+        self.heard.supply |= external.is_some();
+        // A machine that never could tell counts as having power.
+        let clear = external.unwrap_or(!self.heard.supply);
+        self.supply.step(external == Some(false), clear, SUPPLY_BACK, now);
         // A charge that is no number is as good as none: there the supply's own word must do.
         let battery = readings.battery.filter(|charge| charge.is_finite());
+        self.heard.battery |= battery.is_some();
         let least = conditions.minimum_battery;
         // A battery that is full goes on, however high the limit is.
         let enough = (least + BATTERY_BACK).min(1.0);
         self.battery.step(
             battery.is_some_and(|charge| charge < least),
-            battery.is_none_or(|charge| charge >= enough),
+            battery.map_or(!self.heard.battery, |charge| charge >= enough),
             Duration::ZERO,
             now,
         );
@@ -150,6 +166,8 @@ impl Holds {
         }
         // The kernel's load average is one over a minute already.
         let load = readings.load.filter(|load| load.is_finite()).map(|load| (load - self.own).max(0.0));
+        self.heard.load |= load.is_some();
+        let mute = self.heard.load && load.is_none() && conditions.maximum_load.is_some();
         let cares = conditions.maximum_gpu_load < 1.0;
         let measured = [
             self.gpu.filter(|_| cares).map(|gpu| (gpu, conditions.maximum_gpu_load)),
@@ -158,7 +176,7 @@ impl Holds {
         let measured = || measured.iter().flatten();
         self.busy.step(
             measured().any(|(value, limit)| value > limit),
-            measured().all(|(value, limit)| *value <= LOAD_BACK * limit),
+            !mute && measured().all(|(value, limit)| *value <= LOAD_BACK * limit),
             LOAD_BACK_AFTER,
             now,
         );
@@ -288,6 +306,34 @@ mod tests {
         machine.own.load = 1.0;
         machine.holds.own = 1.0;
         assert_eq!(machine.run(60), None);
+    }
+
+    #[test]
+    fn who_has_spoken_and_is_silent_ends_no_hold() {
+        let conditions =
+            Conditions { external_power: true, maximum_load: Some(0.5), ..Conditions::default() };
+        let mut machine = Machine::new(conditions, Window::default());
+        machine.readings.external_power = Some(false);
+        assert_eq!(machine.run(1), Some(Reason::OnBattery));
+        machine.readings.external_power = None;
+        assert_eq!(machine.run(600), Some(Reason::OnBattery));
+        machine.readings.external_power = Some(true);
+        assert_eq!(machine.run(12), None);
+        machine.readings.battery = Some(0.1);
+        machine.run(1);
+        machine.readings.battery = None;
+        assert_eq!(machine.run(600), Some(Reason::BatteryLow));
+        machine.readings.battery = Some(0.9);
+        machine.readings.load = Some(0.9);
+        assert_eq!(machine.run(1), Some(Reason::Busy));
+        machine.readings.load = None;
+        assert_eq!(machine.run(600), Some(Reason::Busy));
+        machine.readings.load = Some(0.1);
+        assert_eq!(machine.run(62), None);
+        // What was no hold does not become one.
+        (machine.readings.external_power, machine.readings.battery, machine.readings.load) =
+            (None, None, None);
+        assert_eq!(machine.run(600), None);
     }
 
     #[test]

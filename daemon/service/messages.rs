@@ -41,6 +41,8 @@ messages! {
     INHIBITOR_TAKEN = "bde284f467a0f78d03abd73a3e0019ac";
     /// A hold has ended.
     INHIBITOR_RELEASED = "cfb5a43a2b92f2b9df69fe1c295880be";
+    /// The machine sleeps or goes down before what trains is saved.
+    NOT_SAVED_IN_TIME = "61ec433f879c5b9b78a945cec4d515a1";
     /// The configuration has mistakes.
     CONFIGURATION_REFUSED = "60a2e379788eb59812fd0623bf042bf8";
     /// A key of the budget was changed over the bus.

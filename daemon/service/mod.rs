@@ -15,6 +15,7 @@
 mod budget;
 mod governing;
 mod log;
+mod logind;
 mod messages;
 mod nights;
 mod notify;
@@ -239,6 +240,7 @@ async fn serve(
         .map_err(|source| ServiceError::Process { action: "start the governor", source })?;
     let runs = start_runs(&config, &governing, clock.clone(), heartbeat.clone())?;
     let keeper = Keeper::new(layers, governing.dial.clone(), runs.clone(), clock);
+    let guard = tokio::spawn(logind::guard(runs.clone()));
     let service = Service::new(
         runs.clone(),
         governing.view.clone(),
@@ -296,6 +298,8 @@ async fn serve(
     } else {
         tracing::warn!("told to end a second time: the work since the last checkpoint is lost");
     }
+    // Not before: the machine waits for what is being saved.
+    guard.abort();
     governing.end();
     lost.map_or(Ok(()), |error| Err(error.into()))
 }

@@ -27,6 +27,10 @@ impl StillClock {
     pub fn advance(&self, time: Duration) {
         *self.0.lock().unwrap() += time;
     }
+
+    pub fn set(&self, time: Duration) {
+        *self.0.lock().unwrap() = time;
+    }
 }
 
 impl Clock for StillClock {

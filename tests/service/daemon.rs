@@ -82,7 +82,11 @@ impl Daemon {
             .stdout(Stdio::null())
             .stderr(log);
         match &self.transport {
-            Transport::Peer => command.arg("--peer").arg(self.address()),
+            // The machine that runs the tests may sleep when it likes.
+            Transport::Peer => command
+                .arg("--peer")
+                .arg(self.address())
+                .env("DBUS_SYSTEM_BUS_ADDRESS", format!("unix:path={}", self.path("no-bus").display())),
             Transport::Bus(address) => command.env("DBUS_SYSTEM_BUS_ADDRESS", address),
         };
         if let Some(root) = &self.sysfs_root {

@@ -91,6 +91,28 @@ fn no_permit_no_step() {
 }
 
 #[test]
+fn it_says_once_for_every_hold_that_nothing_computes_any_more() {
+    let output = shared().output();
+    let mut daemon = Daemon::in_training(output.path());
+    let said = |report: &Report| matches!(report, Report::Parked { .. });
+    for hold in [7, 8] {
+        daemon.leave = Leave::Silence;
+        for _ in 0..3 {
+            daemon.send(&Request::Permit(Permit { run: false, duty: 1.0, until_ms: 0, hold }));
+        }
+        let parked = daemon.until(said);
+        assert!(matches!(parked, Report::Parked { hold: of } if of == hold), "{parked:?}");
+        let after = daemon.during(Duration::from_millis(700));
+        assert!(!after.iter().any(|report| said(report) || is_step(report)), "{after:?}");
+        // Its second number without leave in between is another hold, too.
+        daemon.send(&Request::Permit(Permit { run: false, duty: 1.0, until_ms: 0, hold: hold + 10 }));
+        assert!(matches!(daemon.until(said), Report::Parked { hold: of } if of == hold + 10));
+        daemon.leave = Leave::Run;
+        daemon.until(is_step);
+    }
+}
+
+#[test]
 fn a_silent_daemon() {
     let output = shared().output();
     let mut daemon = Daemon::in_training(output.path());

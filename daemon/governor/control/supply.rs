@@ -43,6 +43,8 @@ pub enum Memory {
 pub struct MemoryWatch {
     /// In force.
     pub level: Memory,
+    /// Free memory and pressure have been read before.
+    heard: (bool, bool),
     short_since: Option<Duration>,
     clear_since: Option<Duration>,
     /// When `level` became `Short`.
@@ -64,7 +66,10 @@ impl MemoryWatch {
         };
         let short = below(1.0) || above(SHORT);
         self.short_since = since(short, self.short_since);
-        self.clear_since = since(!below(1.5) && !above(TIGHT / 2.0), self.clear_since);
+        self.heard = (self.heard.0 || available.is_some(), self.heard.1 || pressure.is_some());
+        // What has spoken once and is silent says nothing against a pause, and nothing for its end.
+        let mute = (self.heard.0 && available.is_none()) || (self.heard.1 && pressure.is_none());
+        self.clear_since = since(!mute && !below(1.5) && !above(TIGHT / 2.0), self.clear_since);
         if lasts(self.clear_since, CLEAR_FOR) {
             self.level = Memory::Ample;
         } else if below(1.25) || above(TIGHT) {
@@ -119,7 +124,8 @@ impl AlarmWatch {
         let apart = |last: Option<Duration>, length: Duration| {
             last.is_none_or(|last| now.saturating_sub(last) >= length)
         };
-        let rates = rates.unwrap_or_default();
+        // Counters that cannot be read are no quiet time.
+        let Some(rates) = rates else { return };
         if (rates.under_voltage > 0.0 || rates.average > 0.0) && apart(self.alarmed, ALARM_APART) {
             self.ceiling = if self.ceiling * 0.8 < LOWEST { 0.0 } else { self.ceiling * 0.8 };
             self.alarmed = Some(now);

@@ -179,7 +179,8 @@ pub fn supplies(files: &dyn Files) -> Vec<Supply> {
 /// External power, and the charge of the battery that has least.
 ///
 /// A Jetson with a barrel jack has USB supplies that are all off line while it runs on the jack, which nothing reports.
-/// So only a mains adapter that is off, or USB that is off beside a battery, mean that there is no external power.
+/// So only a mains adapter that is off, or USB that is off beside a battery, mean that there is no external power; and a
+/// battery that discharges, where nothing else speaks.
 pub fn supply(files: &dyn Files, supplies: &[Supply]) -> (Option<bool>, Option<f64>) {
     let battery = supplies.iter().any(|supply| supply.battery);
     let mut external = None;
@@ -191,8 +192,12 @@ pub fn supply(files: &dyn Files, supplies: &[Supply]) -> (Option<bool>, Option<f
             Ok(_) => external = Some(true),
         }
     }
-    let charges = supplies.iter().filter(|supply| supply.battery);
-    let charge = charges
+    let batteries = || supplies.iter().filter(|supply| supply.battery);
+    let discharges = |supply: &Supply| {
+        files.name(&format!("{}/status", supply.directory)).is_ok_and(|status| status == "Discharging")
+    };
+    let external = external.or_else(|| batteries().any(discharges).then_some(false));
+    let charge = batteries()
         .filter_map(|supply| files.integer_in(&format!("{}/capacity", supply.directory), 0..=100).ok())
         .min();
     (external, charge.map(|charge| charge as f64 / 100.0))
