@@ -16,6 +16,8 @@ pub fn manifest(tree: &Path, with: &[String]) -> Result<String> {
     }
     let mut paths = Vec::new();
     collect(tree, &mut paths)?;
+    // What dpkg reads is not installed.
+    paths.retain(|path| !path.starts_with(tree.join("DEBIAN")));
     paths.sort();
     let files = paths.iter().map(|path| entry(tree, path)).collect::<Result<Vec<_>>>()?;
     document.insert("files".to_string(), files.into());
@@ -61,9 +63,12 @@ mod tests {
         fs::write(&program, "abc").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         std::os::unix::fs::symlink("b", tree.path().join("usr/bin/a")).unwrap();
+        fs::create_dir(tree.path().join("DEBIAN")).unwrap();
+        fs::write(tree.path().join("DEBIAN/control"), "").unwrap();
         let text = manifest(tree.path(), &["version=1".into(), "target=t=u".into()]).unwrap();
         let document: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(document["target"], "t=u");
+        assert_eq!(document["files"].as_array().unwrap().len(), 2);
         assert_eq!(document["files"][0], json!({"path": "/usr/bin/a", "link": "b"}));
         assert_eq!(
             document["files"][1],

@@ -50,8 +50,8 @@ pub fn pages(date: Date) -> Result<Vec<Page>> {
             let mut roff = Roff::default();
             let (number, version) = (section.to_string(), concat!("finetuned ", env!("CARGO_PKG_VERSION")));
             roff.request("TH", &[&name.to_uppercase(), &number, &date.day(), version, COLLECTION]);
-            // No hyphenation, ragged right: commands and keys stay whole.
-            roff.raw(".nh\n.ad l");
+            // No hyphenation, ragged right: commands and keys stay whole. Then the quote that clap_mangen's parts name.
+            roff.raw(".nh\n.ad l\n.ie \\n(.g .ds Aq \\(aq\n.el .ds Aq '");
             roff.request("SH", &["NAME"]);
             roff.line(&format!("{} \\- {}", escape(name), escape(what)));
             body(name, &mut roff).with_context(|| format!("{name}({section})"))?;
@@ -132,6 +132,7 @@ fn program(mut declaration: Command, document: &str, roff: &mut Roff) -> Result<
 
     roff.request("SH", &["COMMANDS"]);
     for command in people_commands(&declaration) {
+        let command = &without_common(command);
         let name = command.get_bin_name().unwrap_or(command.get_name());
         roff.request("SS", &[name]);
         let about = command.get_long_about().or_else(|| command.get_about());
@@ -158,22 +159,32 @@ fn people_commands(command: &Command) -> Vec<&Command> {
     found
 }
 
-/// As clap has it, without the full stop that it leaves out.
+/// The command without the arguments that every command has; those stand under OPTIONS.
+fn without_common(command: &Command) -> Command {
+    command.clone().mut_args(|argument| {
+        let common = argument.is_global_set() || ["help", "version"].contains(&argument.get_id().as_str());
+        if common { argument.hide(true) } else { argument }
+    })
+}
+
+/// As clap has it, with the full stop that it leaves out.
 fn sentence(text: &str) -> String {
     if text.ends_with(['.', '?', '!']) { text.to_string() } else { format!("{text}.") }
 }
 
 /// Two lines that the generator puts before every part: they belong to the head of a page, once.
 fn without_preamble(text: &str) -> String {
-    text.lines().filter(|line| !line.starts_with(".ie \\n(.g") && !line.starts_with(".el .ds")).fold(
-        String::new(),
-        |text, line| text + line + "\n",
-    )
+    without_lines(text, &[".ie \\n(.g", ".el .ds"])
 }
 
 fn without_headings(text: &str) -> String {
-    let text = without_preamble(text);
-    text.lines().filter(|line| !line.starts_with(".SH")).fold(String::new(), |text, line| text + line + "\n")
+    without_lines(&without_preamble(text), &[".SH"])
+}
+
+fn without_lines(text: &str, starts: &[&str]) -> String {
+    text.lines()
+        .filter(|line| !starts.iter().any(|start| line.starts_with(start)))
+        .fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ impl<'a> Writer<'a> {
             },
             Event::Code(text) => {
                 let outer = self.fonts.last().copied().unwrap_or("\\fR");
-                self.line.push_str(&format!("\\fB{}{outer}", code(&text)));
+                self.line.push_str(&format!("\\fB{}{outer}", breakable(&text)));
             }
             Event::SoftBreak | Event::HardBreak => self.line.push(' '),
             // Comments for other readers, footnotes, rules: the documents have none that a page would miss.
@@ -193,7 +193,7 @@ impl<'a> Writer<'a> {
         let target = url.split('#').next().unwrap_or_default().trim_end_matches('/');
         let file = target.rsplit('/').next().unwrap_or_default();
         if target.contains("://") {
-            self.line.push_str(&format!("{text} <{}>", code(&url)));
+            self.line.push_str(&format!("{text} <{}>", breakable(&url)));
         } else if let Some((_, page)) = INSTALLED.iter().find(|(document, _)| *document == file) {
             let section = PAGES.iter().find(|(name, ..)| name == page).map_or(0, |(_, section, _)| *section);
             self.line.push_str(&format!("{}({section})", bold(&code(page))));
@@ -233,6 +233,14 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// What is typed; where it would be too long for a line it may be broken after commas and slashes.
+fn breakable(text: &str) -> String {
+    /// Half a line of a page.
+    const SHORT: usize = 40;
+    let text = code(text);
+    if text.len() < SHORT { text } else { text.replace(',', ",\\:").replace('/', "/\\:") }
+}
+
 /// The name of a section as manual pages write it; the name of a table of a file stays as it is typed.
 fn capitals(heading: &str) -> String {
     if heading.starts_with('[') { heading.to_string() } else { heading.to_uppercase() }
@@ -255,8 +263,8 @@ mod tests {
         );
         assert_eq!(
             text,
-            ".SH \"DESCRIPTION\"\n.PP\nOne \\fB\\-\\-flag\\fR, \\fBbold \\fBfinetuned\\-spec\\fR(5)\\fR and there \
-             <https://example.org/a\\-b>.\n.IP \\(bu 2\na b\n.IP \\(bu 2\nc\n.SH \"TWO\"\n.PP\n.RS 4\n.nf\nx \\-1\n.fi\n.RE\n"
+            ".SH \"DESCRIPTION\"\nOne \\fB\\-\\-flag\\fR, \\fBbold \\fBfinetuned\\-spec\\fR(5)\\fR and there \
+             <https://example.org/a\\-b>.\n.IP \\(bu 2\na b\n.IP \\(bu 2\nc\n.SH \"TWO\"\n.RS 4\n.nf\nx \\-1\n.fi\n.RE\n"
         );
     }
 

@@ -23,10 +23,22 @@ impl Roff {
         self.text.push('\n');
     }
 
-    /// Lines that are roff already, each on lines of its own.
+    /// Lines that are roff already.
     pub fn raw(&mut self, lines: &str) {
-        self.text.push_str(lines.trim_end_matches('\n'));
-        self.text.push('\n');
+        let mut lines = lines.trim_end_matches('\n');
+        // A heading has begun a paragraph already.
+        if self.after_heading() {
+            lines = lines.strip_prefix(".PP").map_or(lines, |rest| rest.trim_start_matches('\n'));
+        }
+        if !lines.is_empty() {
+            self.text.push_str(lines);
+            self.text.push('\n');
+        }
+    }
+
+    fn after_heading(&self) -> bool {
+        let last = self.text.lines().next_back().unwrap_or_default();
+        last.starts_with(".SH") || last.starts_with(".SS")
     }
 
     /// A line of text with its fonts ([`escape`], [`bold`], …). One that a request could be mistaken for is guarded.
@@ -101,6 +113,17 @@ mod tests {
             roff.into_text(),
             "\\&.hidden\n.PP\n.RS 4\n.nf\n\\(aqa\n\\&\n\\-\\-set x\\ey\n.fi\n.RE\n"
         );
+    }
+
+    #[test]
+    fn a_heading_needs_no_paragraph() {
+        let mut roff = Roff::default();
+        roff.request("SH", &["A"]);
+        roff.raw(".PP");
+        roff.line("text");
+        roff.raw(".PP");
+        roff.line("more");
+        assert_eq!(roff.into_text(), ".SH \"A\"\ntext\n.PP\nmore\n");
     }
 
     #[test]
