@@ -1,8 +1,10 @@
 //! The shape of the code, read from the code: imports point one way, every file says what it is, and nothing panics
-//! where an error could be returned.
+//! where an error could be returned. And the shape of the units (`architecture/units.rs`).
 
 #[path = "architecture/source.rs"]
 mod source;
+#[path = "architecture/units.rs"]
+mod units;
 
 use source::{Token, tokens, without_tests};
 use std::path::{Path, PathBuf};

@@ -24,7 +24,7 @@ mod sensors;
 mod spec;
 mod worker;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use exit::{EXIT_CODES, Exit, Failure};
 use std::process::ExitCode;
 
@@ -98,6 +98,11 @@ Example:
     /// Train for the daemon at standard input
     #[command(hide = true)]
     Worker(worker::WorkerArguments),
+}
+
+/// The command line as it is declared, for the manual page and the completions.
+pub fn declaration() -> clap::Command {
+    Arguments::command()
 }
 
 /// Runs the command line.

@@ -36,7 +36,7 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use connect::Transport;
 use console::Console;
 use context::{Context, Interrupts};
@@ -169,6 +169,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let problem = || format!("{text:?} is no number of seconds above 0");
     let seconds: f64 = text.parse().map_err(|_| problem())?;
     Duration::try_from_secs_f64(seconds).ok().filter(|length| !length.is_zero()).ok_or_else(problem)
+}
+
+/// The command line as it is declared, for the manual page and the completions.
+pub fn declaration() -> clap::Command {
+    Arguments::command()
 }
 
 /// Runs the command line.
