@@ -43,6 +43,8 @@ pub struct World {
     pub details: Option<Vec<(&'static str, String)>>,
     pub metrics: String,
     pub journal: String,
+    /// Reports on nights, by what is asked for.
+    pub nights: Vec<(&'static str, String)>,
     /// Calls that changed something.
     pub calls: Vec<String>,
     /// Contents of the files of a submission.
@@ -305,6 +307,16 @@ impl FakeGovernor {
             self.set(&key, None, "file");
         }
         Ok(())
+    }
+
+    async fn get_night(&self, date: String, _options: Dictionary) -> Result<String, Error> {
+        let nights = &self.0.world().nights;
+        let found = nights.iter().find(|(wanted, _)| *wanted == date).map(|(_, report)| report.clone());
+        found.ok_or_else(|| Error::NoSuchNight(format!("there is no record of the night {date}")))
+    }
+
+    async fn list_nights(&self) -> Vec<String> {
+        vec!["2023-11-12".into(), "2023-11-13".into()]
     }
 }
 

@@ -7,9 +7,9 @@ use super::text;
 use crate::bus::{Dictionary, GovernorProxy};
 use crate::night::Use;
 use crate::night::chart::columns;
-use crate::night::html::{page, remarks};
+use crate::night::html::{losses, page, remarks};
 use crate::night::report::{Range, Report, Sums};
-use crate::night::words::{clock, length};
+use crate::night::words::{clock, length, percent};
 use crate::units::significant;
 use clap::Args;
 use serde_json::{Value, json};
@@ -153,17 +153,20 @@ fn bar(report: &Report, marks: &Marks) -> String {
 }
 
 fn uses(sums: &Sums, marks: &Marks) -> String {
-    let row = |sum: &crate::night::report::UseSum| {
-        let meaning = Use::from_word(&sum.what).map_or("", Use::meaning);
-        [
-            format!("{} {}", marks.of_word(&sum.what), sum.what),
-            length(sum.seconds),
-            format!("{:.1} %", sum.share * 100.0),
-            meaning.to_string(),
-        ]
-    };
-    let rows: Vec<[String; 4]> = sums.uses.iter().map(row).collect();
-    text::table(["WHAT", "TIME", "SHARE", ""], &rows)
+    let rows: Vec<[String; 3]> = sums
+        .uses
+        .iter()
+        .map(|sum| {
+            let mark = marks.of_word(&sum.what);
+            [format!("{mark} {}", sum.what), length(sum.seconds), percent(sum.share)]
+        })
+        .collect();
+    let table = text::table(["  WHAT", "TIME", "SHARE"], &rows);
+    let width = table.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+    // The last column may be long, and is not cut.
+    let meanings = sums.uses.iter().map(|sum| Use::from_word(&sum.what).map_or("", Use::meaning));
+    let lines = table.lines().zip(std::iter::once("").chain(meanings));
+    lines.map(|(line, meaning)| format!("{}\n", format!("{line:width$}  {meaning}").trim_end())).collect()
 }
 
 fn range(range: &Range, unit: &str) -> String {
@@ -226,7 +229,6 @@ fn figures(report: &Report) -> Vec<(&'static str, String)> {
 }
 
 fn runs(report: &Report) -> String {
-    let loss = |loss: Option<f64>| loss.map_or("-".to_string(), |loss| format!("{loss:.4}"));
     let rows: Vec<[String; 6]> = report
         .runs
         .iter()
@@ -236,7 +238,7 @@ fn runs(report: &Report) -> String {
                 run.name.clone(),
                 text::prefix(&run.id, 6).to_string(),
                 format!("{} to {}", run.first_step, run.last_step),
-                format!("{} to {}", loss(run.first_loss), loss(run.last_loss)),
+                losses(run).unwrap_or_else(|| "-".to_string()),
                 run.gross_j
                     .map_or("-".to_string(), |joules| format!("{} Wh", significant(joules / 3600.0, 3))),
                 format!("{}{reason}", run.state),

@@ -782,3 +782,133 @@ fn the_command_line_is_sound() {
         );
     }
 }
+
+/// Two hours in which it was first too warm, then leased; the second hour lies outside the window.
+fn night() -> String {
+    use crate::night::figures::{Lease, ModeSeen, NoteSeen, Point, RunNight, Spread};
+    use crate::night::{Figures, Record, Report, SECOND, Segment, Span, Use};
+    use crate::reason::Reason;
+    use crate::units::{Joules, RunId};
+    let from = 1_699_876_800 * SECOND; // 12:00 on 13 November
+    let at = |minutes: i64| from + 60 * SECOND * minutes;
+    let span = |begin: i64, end: i64| Span { from: at(begin), to: at(end) };
+    let mut record = Record::new("2023-11-13".parse().unwrap(), span(0, 1440), "UTC".into());
+    record.set_windows(&[span(600, 660)], from);
+    let lost = |begin, end, reason| Segment::whole(span(begin, end), Use::Lost(reason));
+    for segment in [
+        lost(0, 600, Reason::OutsideWindow),
+        Segment::whole(span(600, 602), Use::Preparing),
+        Segment::shared(span(602, 642), Use::Training, 0.75, Use::Lost(Reason::Thermal)),
+        lost(642, 652, Reason::Leased),
+        Segment::whole(span(652, 660), Use::Training),
+        lost(660, 1440, Reason::OutsideWindow),
+    ] {
+        record.put(segment, Reason::Off);
+    }
+    let mut hottest = Spread::default();
+    (70..=86).for_each(|celsius| hottest.add(f64::from(celsius), 60.0));
+    record.figures = Figures {
+        steps: 120,
+        tokens: 245_760,
+        paced_us: 100,
+        computed_us: 79,
+        hottest,
+        power: hottest,
+        gross: true,
+        starts: 2,
+        ..Figures::default()
+    };
+    record.figures.energy.gross = Joules(54_000.0);
+    record.figures.energy.idle = Joules(18_000.0);
+    record.figures.energy.metered = 2280.0;
+    record.figures.zones.insert("tj-thermal".into(), 86.25);
+    let run = RunNight {
+        name: "day\x1b[31m".into(),
+        first_step: 40,
+        last_step: 160,
+        first_loss: Some(1.5),
+        last_loss: Some(1.25),
+        state: "waiting".into(),
+        reason: Some("outside-window".into()),
+        energy: record.figures.energy,
+    };
+    record.figures.runs.insert(RunId::parse("3f2a91c04d7e").unwrap(), run);
+    record.figures.leases.insert("planner".into(), Lease { count: 3, time: 600 * SECOND });
+    record.figures.modes.push(ModeSeen { at: at(0), mode: "MODE_30W".into() });
+    let text = "the kernel throttles".to_string();
+    record.figures.notes.push(NoteSeen { text, first: at(620), seconds: 90.0 });
+    record.points.push(Point { at: at(605), power: Some(24.5), ..Point::default() });
+    serde_json::to_string(&Report::new(&record, true)).unwrap()
+}
+
+const NIGHT_TEXT: &str = "\
+● The night of 2023-11-13
+  Trained 38 min 0 s of the 1 h 0 min window (63.3 %); waited 10 min 0 s because of leased, 10 min 0 s because of thermal; 2 min 0 s preparing.
+  leased: `finetunectl status` shows who holds the device; the leases of the night are listed with who had them
+  thermal: more air, a lower power mode (nvpmodel), or a higher [budget] temperature: more of the time, or faster in it
+
+  22:00 cc▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇aaaaaaaaaa████████ 23:00
+
+    WHAT       TIME        SHARE
+  █ training   38 min 0 s  63.3 %  a run trained
+  a leased     10 min 0 s  16.7 %  an inference task has the device
+  b thermal    10 min 0 s  16.7 %  it is too warm: it goes on when it has cooled
+  c preparing  2 min 0 s   3.3 %   a run read its data and loaded its base
+
+  The whole night, noon to noon:
+    WHAT            TIME        SHARE
+  · outside-window  23 h 0 min  95.8 %  it is not the time for training: see `[window]`
+  █ training        38 min 0 s  2.6 %   a run trained
+  a leased          10 min 0 s  0.7 %   an inference task has the device
+  b thermal         10 min 0 s  0.7 %   it is too warm: it goes on when it has cooled
+  c preparing       2 min 0 s   0.1 %   a run read its data and loaded its base
+
+              Done: 120 steps, 245760 tokens
+              Duty: 79 % of the time in which a run could train
+            Energy: 15.0 Wh of runs, 10.0 Wh above idle, 0.220 J a token, 450 J a step
+             Power: 70.0 to 86.0 W, mean 78.0 W
+      Hottest zone: 70.0 to 86.0 °C, mean 78.0 °C
+  Greatest of each: tj-thermal 86.2 °C
+        Power mode: MODE_30W from 12:00
+             Noted: the kernel throttles, for 1 min 30 s from 22:20
+            Record: The daemon was started 2 times.
+
+  RUN            ID      STEPS      LOSS              ENERGY   AT LAST
+  day\\u{1b}[31m  3f2a91  40 to 160  1.5000 to 1.2500  15.0 Wh  waiting (outside-window)
+
+  LEASES AND HOLDS OF  COUNT  TIME
+  planner              3      10 min 0 s
+";
+
+#[tokio::test]
+async fn night_as_text_json_and_page() {
+    let nights = vec![("", night()), ("last", night()), ("now", "{\"schema\":1,\"new\":{}}".into())];
+    let bench = Bench::new(World { nights, ..World::default() }).await;
+    assert_eq!(clean(bench.run(&["night"]).await), NIGHT_TEXT);
+    assert_eq!(clean(bench.run(&["night", "--date", "last"]).await), NIGHT_TEXT);
+    // What a daemon of another version does not say is left out.
+    assert!(clean(bench.run(&["night", "--date", "today"]).await).starts_with("● The night of"));
+    let report = json(&clean(bench.run(&["night", "--json"]).await));
+    assert_eq!((&report["night"], &report["steps"]), (&"2023-11-13".into(), &120.into()));
+    assert_eq!(
+        report["window"]["uses"][0].to_string(),
+        r#"{"what":"training","seconds":2280.0,"share":0.6333333333333333}"#
+    );
+    assert_eq!(report["intervals"][2]["uses"].to_string(), r#"{"thermal":600.0,"training":1800.0}"#);
+    let nobody = bench.run(&["night", "--date", "2023-11-01"]).await;
+    assert_eq!(nobody.code, 4);
+    assert!(
+        nobody.err.contains("no record of the night 2023-11-01") && nobody.err.contains("--list"),
+        "{}",
+        nobody.err
+    );
+    assert_eq!(clean(bench.run(&["night", "--list"]).await), "2023-11-12\n2023-11-13\n");
+    assert_eq!(json(&clean(bench.run(&["night", "--list", "--json"]).await))["nights"][1], "2023-11-13");
+    let file = bench.directory().join("night.html");
+    clean(bench.run(&["night", "--html", file.to_str().unwrap()]).await);
+    let page = clean(bench.run(&["night", "--html", "-"]).await);
+    assert_eq!(fs::read_to_string(&file).unwrap(), page);
+    assert!(page.contains("Trained 38 min 0 s") && !page.contains('\x1b'));
+    let refused = bench.run(&["night", "--html", "/nowhere/night.html"]).await;
+    assert!(refused.code == 1 && refused.err.contains("/nowhere/night.html"), "{}", refused.err);
+}

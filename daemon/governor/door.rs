@@ -292,7 +292,6 @@ mod tests {
         drop(bench);
         assert_eq!(door.ruling(at(113)).hold, Some(Reason::SensorLost), "its thread has ended");
     }
-
     #[test]
     fn energy_between_two_moments_and_of_runs() {
         let at = Duration::from_secs_f64;

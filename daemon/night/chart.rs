@@ -13,11 +13,13 @@ use std::fmt::Write;
 /// Size of a drawing, in units of its own; it is scaled to the page's width.
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 48.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 24.0;
 const BAR: f64 = 56.0;
 const CURVE: f64 = 150.0;
+/// Room above a curve, for half a line of text.
+const TOP: f64 = 12.0;
 /// Room for the hours below a drawing.
-const AXIS: f64 = 18.0;
+const AXIS: f64 = 22.0;
 /// Bars of a drawing: finer ones would be thinner than a pixel.
 const COLUMNS: usize = 450;
 /// Marks of the time axis, at most.
@@ -71,7 +73,7 @@ struct Axis<'a> {
 
 impl Axis<'_> {
     fn x(&self, at: i64) -> f64 {
-        let share = (at - self.scene.from) as f64 / self.scene.length().max(1) as f64;
+        let share = at.saturating_sub(self.scene.from) as f64 / self.scene.length().max(1) as f64;
         LEFT + share.clamp(0.0, 1.0) * (WIDTH - LEFT - RIGHT)
     }
 
@@ -217,7 +219,7 @@ pub fn curves(report: &Report, label: &str, unit: &str, curves: &[Curve]) -> Opt
     let step = nice_step((most - least).max(most.abs() * 0.02).max(1e-6) / LINES);
     let (bottom, top) = ((least / step).floor() * step, (most / step).ceil() * step);
     let top = if top > bottom { top } else { bottom + step };
-    let y = |value: f64| 6.0 + (top - value) / (top - bottom) * (CURVE - 6.0);
+    let y = |value: f64| TOP + (top - value) / (top - bottom) * (CURVE - TOP);
     let axis = Axis { scene, zone: &zone };
     let mut svg = String::new();
     open(&mut svg, CURVE, label);
@@ -269,7 +271,7 @@ fn pieces(curve: &Curve, scene: Span) -> Vec<Vec<(i64, f64)>> {
             continue;
         };
         match pieces.last_mut() {
-            Some(piece) if open && piece.last().is_some_and(|last| at - last.0 <= GAP) => {
+            Some(piece) if open && piece.last().is_some_and(|last| at.saturating_sub(last.0) <= GAP) => {
                 piece.push((*at, value))
             }
             _ => pieces.push(vec![(*at, value)]),
@@ -278,7 +280,7 @@ fn pieces(curve: &Curve, scene: Span) -> Vec<Vec<(i64, f64)>> {
     }
     for piece in &mut pieces {
         if let [(at, value)] = piece[..] {
-            piece.push((at + 60 * SECOND, value));
+            piece.push((at.saturating_add(60 * SECOND), value));
         }
     }
     pieces

@@ -6,8 +6,8 @@ use super::SECOND;
 use super::Use;
 use super::chart::{self, Curve};
 use super::figures::Point;
-use super::report::{Range, Report, Sums, UseSum};
-use super::words::{clock, length};
+use super::report::{Range, Report, RunLine, Sums, UseSum};
+use super::words::{clock, length, percent};
 use crate::units::significant;
 use jiff::tz::TimeZone;
 use std::fmt::Write;
@@ -15,24 +15,24 @@ use std::fmt::Write;
 const STYLE: &str = "\
 :root{color-scheme:light dark;--ground:#fff;--ink:#1b1f23;--soft:#667;--line:#d8dce2;--void:#eef0f3;\
 --training:#2a9d4a;--evaluating:#1d9a9a;--preparing:#3d7fd9;--saving:#7c5cc4;--heat:#d6453d;--power:#e0822a;--lease:#cf4f9d;\
---hours:#9aa3af;--none:#b9c0ca;--off:#4b5563;--fault:#8f1d3f;--person:#c2a21a}\
+--hours:#9aa3af;--none:#b9c0ca;--off:#4b5563;--fault:#8f1d3f;--person:#c2a21a;--ramp:#a9cf78}\
 @media(prefers-color-scheme:dark){:root{--ground:#14171a;--ink:#e6e8ea;--soft:#9aa3ad;--line:#343a41;--void:#22272c;\
 --training:#3fbf63;--evaluating:#35bcbc;--preparing:#5b9bf0;--saving:#a184e6;--heat:#f0655c;--power:#f0a04e;--lease:#e873b8;\
---hours:#6b7480;--none:#545c66;--off:#8b95a3;--fault:#d1577c;--person:#d8bd45}}\
+--hours:#6b7480;--none:#545c66;--off:#8b95a3;--fault:#d1577c;--person:#d8bd45;--ramp:#7f9e55}}\
 body{background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}\
 h1{font-size:1.4rem;margin-bottom:0}h2{font-size:1.05rem;margin:2rem 0 .3rem}.sub,.tick{color:var(--soft);fill:var(--soft)}\
 .lead{font-size:1.15rem}svg{width:100%;height:auto;display:block}.tick{font-size:11px}.grid{stroke:var(--line)}\
 .ground{fill:var(--void)}.window{fill:var(--ink)}polyline{fill:none;stroke-width:1.6}.c-temperature{stroke:var(--heat)}\
 .c-limit{stroke:var(--soft);stroke-dasharray:5 4}.c-power{stroke:var(--power)}.c-loss{stroke:var(--preparing)}\
 table{border-collapse:collapse;width:100%}th{text-align:left;color:var(--soft);font-weight:normal}\
-td,th{padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top}.n{text-align:right;white-space:nowrap}\
+td,th{padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top}.n{text-align:right}.n,td:first-child{white-space:nowrap}\
 .scroll{overflow-x:auto}.swatch{width:.8em;height:.8em;display:inline-block;vertical-align:baseline;margin-right:.5em}\
 .u-training{fill:var(--training)}.u-evaluating{fill:var(--evaluating)}.u-preparing{fill:var(--preparing)}\
 .u-saving{fill:var(--saving)}.u-thermal,.u-quiet-hours{fill:var(--heat)}\
 .u-power-budget,.u-energy-quota,.u-over-current,.u-on-battery,.u-battery-low{fill:var(--power)}\
-.u-leased,.u-inhibited,.u-busy,.u-memory-pressure,.u-preempted{fill:var(--lease)}.u-outside-window,.u-ramp-up{fill:var(--hours)}\
+.u-leased,.u-inhibited,.u-busy,.u-memory-pressure,.u-preempted{fill:var(--lease)}.u-outside-window{fill:var(--hours)}.u-ramp-up{fill:var(--ramp)}\
 .u-no-run{fill:var(--none)}.u-off,.u-suspend,.u-clock-set,.u-shutdown,.u-daemon-restart,.u-daemon-lost{fill:var(--off)}\
-.u-user{fill:var(--person)}.u-sensor-lost,.u-backoff,.u-early-stopping,.u-diverged,.u-storage,.u-invalid-input,.u-changed,\
+.u-user{fill:var(--person)}.u-sensor-lost,.u-settings-lost,.u-backoff,.u-early-stopping,.u-diverged,.u-storage,.u-invalid-input,.u-changed,\
 .u-does-not-fit,.u-out-of-memory,.u-crashed,.u-hung,.u-protocol,.u-launch,.u-other{fill:var(--fault)}";
 
 /// Text of others inside the page: no tag, no attribute and no direction of writing comes out of it.
@@ -144,7 +144,7 @@ fn uses(html: &mut String, title: &str, sums: &Sums) {
         vec![
             format!("{swatch}{}", escaped(&sum.what)),
             length(sum.seconds),
-            format!("{:.1} %", sum.share * 100.0),
+            escaped(&percent(sum.share)),
             escaped(meaning),
         ]
     };
@@ -202,7 +202,7 @@ fn graphs(html: &mut String, report: &Report) {
     let mut before = None;
     for point in report.points.iter().filter(|point| point.loss.is_some()) {
         if before.is_some() && before != point.run.as_ref() {
-            losses.push((point.at - SECOND, None));
+            losses.push((point.at.saturating_sub(SECOND), None));
         }
         before = point.run.as_ref();
         losses.push((point.at, point.loss));
@@ -223,18 +223,22 @@ fn graphs(html: &mut String, report: &Report) {
     }
 }
 
+/// Loss at the begin and at the end; none where no step was done.
+pub fn losses(run: &RunLine) -> Option<String> {
+    Some(format!("{:.4} to {:.4}", run.first_loss?, run.last_loss?))
+}
+
 fn runs(html: &mut String, report: &Report) {
     let rows: Vec<Vec<String>> = report
         .runs
         .iter()
         .map(|run| {
-            let loss = |loss: Option<f64>| loss.map_or("–".to_string(), |loss| format!("{loss:.4}"));
             let reason =
                 run.reason.as_ref().map_or(String::new(), |reason| format!(" ({})", escaped(reason)));
             vec![
                 format!("{} <span class=\"sub\">{}</span>", escaped(&run.name), escaped(&run.id)),
                 format!("{} to {}", run.first_step, run.last_step),
-                format!("{} to {}", loss(run.first_loss), loss(run.last_loss)),
+                losses(run).unwrap_or_else(|| "–".to_string()),
                 run.gross_j
                     .map_or("–".to_string(), |joules| format!("{} Wh", significant(joules / 3600.0, 3))),
                 format!("{}{reason}", escaped(&run.state)),

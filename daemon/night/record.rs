@@ -178,6 +178,15 @@ impl Record {
     /// Takes back what is accounted for after a moment: the clock that said so was wrong. How much that was, in
     /// microseconds.
     pub fn cut(&mut self, at: i64) -> i64 {
+        let undone = self.cut_segments(at);
+        if undone > 0 {
+            self.points.retain(|point| point.at < at);
+            self.durable.1 = self.durable.1.min(self.points.len());
+        }
+        undone
+    }
+
+    fn cut_segments(&mut self, at: i64) -> i64 {
         let undone = (self.through() - at.max(self.span.from)).max(0);
         if undone == 0 {
             return 0;
@@ -189,9 +198,7 @@ impl Record {
                 break;
             }
         }
-        self.points.retain(|point| point.at < at);
         self.durable.0 = self.durable.0.min(self.segments.len().saturating_sub(1));
-        self.durable.1 = self.durable.1.min(self.points.len());
         undone
     }
 
@@ -279,7 +286,7 @@ impl Record {
     pub(super) fn restore(&mut self, segment: Segment) -> bool {
         let fits = segment.is_sound() && segment.span.within(self.span) == segment.span;
         if fits {
-            self.cut(segment.span.from);
+            self.cut_segments(segment.span.from);
             let hole = Span { from: self.through(), to: segment.span.from };
             if hole.length() > 0 {
                 self.append(Segment::whole(hole, Use::Lost(Reason::Off)));

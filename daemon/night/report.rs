@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 /// Version of the JSON: what a key means changes only with it.
 pub const SCHEMA: u32 = 1;
 
+/// Times beyond this, in microseconds since 1970, are nonsense: the calendar ends at a fourth of it.
+const FAR: i64 = 1 << 60;
+
 /// The report. Unknown words and keys of a newer daemon are tolerated.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -268,7 +271,8 @@ impl Report {
     pub fn scene(&self) -> Span {
         let from = self.windows.iter().map(|window| window.from).min();
         let to = self.windows.iter().map(|window| window.to).max();
-        Span { from: from.unwrap_or(self.from_us), to: to.unwrap_or(self.to_us) }
+        let sane = |at: i64| at.clamp(-FAR, FAR);
+        Span { from: sane(from.unwrap_or(self.from_us)), to: sane(to.unwrap_or(self.to_us)) }
     }
 }
 

@@ -24,11 +24,11 @@ use std::time::Duration;
 
 /// Time between two syncs.
 const SYNC: Duration = Duration::from_secs(10);
-/// A file of this size is written anew. The largest record (4000 segments, 1500 points) is half as long.
+/// A file of this size is written anew: a night of syncs appends some megabytes, of which later lines replace most.
 const COMPACT: u64 = 2 << 20;
 /// A longer file is none of ours; what is behind is left out.
 const LONGEST: u64 = 16 << 20;
-/// Nights that are kept: a quarter of a year, some 200 kB each.
+/// Nights that are kept: a quarter of a year, to compare a season's heat with.
 pub const KEPT: usize = 92;
 /// Version of the files.
 const VERSION: u32 = 1;
@@ -138,7 +138,10 @@ pub(super) fn parse(content: &[u8], date: Date, zone: &TimeZone) -> Option<Recor
                 fits
             }
             Some(Line::Windows(windows)) => {
-                record.windows = windows.into_iter().filter(|window| window.length() > 0).collect();
+                let mut windows = windows;
+                windows.sort();
+                record.windows.clear();
+                record.set_windows(&windows, record.span.from);
                 true
             }
             Some(Line::Segment(segment)) => record.restore(segment),
@@ -156,6 +159,9 @@ pub(super) fn parse(content: &[u8], date: Date, zone: &TimeZone) -> Option<Recor
         };
         record.damaged += usize::from(!taken);
     }
+    // Points of a clock that was set back later.
+    let through = record.through();
+    record.points.retain(|point| point.at < through);
     record.durable = (0, 0);
     Some(record)
 }
@@ -348,7 +354,10 @@ impl Nights {
                 }
                 _ => last(now)?.or(now).ok_or_else(|| none("now"))?,
             },
-            date => date.parse().map_err(|_| NightError::NotADate(date.chars().take(40).collect()))?,
+            text => {
+                let date = text.parse().ok().filter(|date: &Date| date.to_string() == text);
+                date.ok_or_else(|| NightError::NotADate(text.chars().take(40).collect()))?
+            }
         };
         if let Some(live) = live.filter(|live| live.date == date) {
             return Ok(Report::new(&live, false));

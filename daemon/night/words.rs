@@ -23,6 +23,15 @@ pub fn length(seconds: f64) -> String {
     duration(Duration::try_from_secs_f64(shown).unwrap_or(Duration::MAX))
 }
 
+/// A share as people read it: nothing and all are said of nothing and all only.
+pub fn percent(share: f64) -> String {
+    match share * 100.0 {
+        percent if percent > 0.0 && percent < 0.05 => "< 0.1 %".to_string(),
+        percent if percent < 100.0 && percent >= 99.95 => "> 99.9 %".to_string(),
+        percent => format!("{percent:.1} %"),
+    }
+}
+
 /// A moment as the clock on the wall shows it.
 pub fn clock(at: i64, zone: &TimeZone) -> String {
     match Timestamp::from_microsecond(at) {
@@ -107,7 +116,7 @@ fn of_what(report: &Report) -> String {
         true => format!("of {} so far in the {}", length(sums.accounted_s), window(report)),
         false => format!("of the {}", window(report)),
     };
-    format!("{so_far} ({:.0} %)", share * 100.0)
+    format!("{so_far} ({})", percent(share))
 }
 
 fn in_what(report: &Report) -> String {
@@ -138,7 +147,7 @@ pub fn remedy(reason: Reason) -> &'static str {
         }
         Reason::OutsideWindow => "[window] times says when runs may compute",
         Reason::SettingsLost => {
-            "`finetunectl budget show` says what is lost, `finetunectl budget reset` goes on without it"
+            "`finetunectl budget show` says what was lost, `finetunectl budget reset` goes on without it"
         }
         Reason::OnBattery => "connect external power, or set [conditions] external_power = false",
         Reason::BatteryLow => "charge the battery, or lower [conditions] minimum_battery",

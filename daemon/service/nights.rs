@@ -24,6 +24,12 @@ use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+/// Two questions for the time that lie this close were asked at one moment.
+const TOGETHER: Duration = Duration::from_millis(200);
+/// How often they are asked.
+const TRIES: u32 = 5;
 
 /// What was ruled in the round before, and so what held since.
 #[derive(Clone, Copy, Debug)]
@@ -145,17 +151,14 @@ impl Keeper {
 
     fn observe(&mut self, round: &Round<'_>, moment: &Moment) -> Option<Record> {
         let Round { activity, readings, ledger, view, .. } = round;
+        let zones = readings.zones.iter();
         let seen = Observation {
             moment: moment.clone(),
             windows: &self.windows.1,
             doing: activity.doing,
             duty: self.ruled.duty,
             limit: self.ruled.limit,
-            zones: readings
-                .zones
-                .iter()
-                .filter_map(|zone| Some((zone.name.as_str(), zone.temperature.value()?.0)))
-                .collect(),
+            zones: zones.filter_map(|zone| Some((zone.name.as_str(), zone.temperature.value()?.0))).collect(),
             temperature: view.temperature.map(|(now, limit)| (now.0, limit.0)),
             power: view.power.map(|power| power.0),
             mode: readings.mode.as_deref(),
@@ -252,8 +255,22 @@ fn open(store: &Store, moment: &Moment) -> Record {
     }
 }
 
+/// Both clocks at one moment: a thread that is put aside between the two questions asks again.
+fn together(clock: &dyn Clock) -> (Duration, SystemTime) {
+    let mut before = clock.monotonic();
+    for _ in 0..TRIES {
+        let (wall, after) = (clock.wall(), clock.monotonic());
+        if after.saturating_sub(before) <= TOGETHER {
+            return (before, wall);
+        }
+        before = after;
+    }
+    (before, clock.wall())
+}
+
 fn moment(clock: &dyn Clock) -> Option<Moment> {
-    let (now, wall, suspended) = (clock.monotonic(), clock.wall(), clock.suspended());
+    let (now, wall) = together(clock);
+    let suspended = clock.suspended();
     let zone = TimeZone::system();
     let at = Timestamp::try_from(wall).ok()?;
     let date = night_of(&at.to_zoned_datetime(zone.clone()));
@@ -265,4 +282,171 @@ fn moment(clock: &dyn Clock) -> Option<Moment> {
         night: bounds(date, &zone)?,
         zone: zone.iana_name().unwrap_or("UTC").to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::governor::control::Level;
+    use crate::governor::door::Doing;
+    use crate::governor::energy::Meter;
+    use crate::governor::readings::Reading;
+    use crate::night::Use;
+    use crate::units::{RunId, Watts};
+    use std::sync::Mutex;
+
+    /// A clock that a test moves: monotonic and wall time.
+    struct Hand(Mutex<(Duration, SystemTime)>);
+
+    impl Hand {
+        fn pass(&self, time: Duration) {
+            let mut at = self.0.lock().unwrap();
+            *at = (at.0 + time, at.1 + time);
+        }
+    }
+
+    impl Clock for Hand {
+        fn monotonic(&self) -> Duration {
+            self.0.lock().unwrap().0
+        }
+        fn wall(&self) -> SystemTime {
+            self.0.lock().unwrap().1
+        }
+        fn sleep(&self, _: Duration) {}
+    }
+
+    struct Bench {
+        directory: tempfile::TempDir,
+        clock: Hand,
+        keeper: Keeper,
+        ledger: Ledger,
+        meter: Meter,
+        booked: crate::governor::energy::Energy,
+        window: Window,
+        doing: Doing,
+        duty: f64,
+    }
+
+    impl Bench {
+        /// Half a minute before a night's noon, wherever the machine is.
+        fn before_noon() -> Bench {
+            let directory = tempfile::tempdir().unwrap();
+            let noon = "2026-11-25T12:00".parse::<jiff::civil::DateTime>().unwrap();
+            let noon = TimeZone::system().to_timestamp(noon).unwrap();
+            let noon = Duration::from_micros(noon.as_microsecond().unsigned_abs());
+            let wall = SystemTime::UNIX_EPOCH + noon - Duration::from_secs(30);
+            let clock = Hand(Mutex::new((Duration::from_secs(500), wall)));
+            Bench {
+                keeper: Keeper::new(&directory.path().join("nights"), &clock),
+                ledger: Ledger::open(&directory.path().join("energy.jsonl")).unwrap(),
+                meter: Meter::default(),
+                booked: Default::default(),
+                window: Window { times: vec!["09:00-11:59".into()], ..Window::default() },
+                doing: Doing::Training,
+                duty: 0.5,
+                directory,
+                clock,
+            }
+        }
+
+        fn round(&mut self) {
+            let now = self.clock.monotonic();
+            let power = Some(Reading::Value { value: Watts(30.0), at: now });
+            let readings = Readings { at: now, power, ..Readings::default() };
+            let run = RunId::from_bits([3; 6]);
+            self.meter.step(&readings, true);
+            let total = self.meter.total_at(now);
+            let night = moment(&self.clock).unwrap().date;
+            self.ledger.add(night, Some(&run), total - self.booked, 0);
+            self.booked = total;
+            let view = View {
+                level: Level::Soft,
+                duty: self.duty,
+                reason: Some(Reason::PowerBudget),
+                power: Some(Watts(30.0)),
+                ..View::default()
+            };
+            let activity = Activity { run: Some(run), doing: self.doing, ..Activity::default() };
+            self.keeper.round(&Round {
+                clock: &self.clock,
+                window: &self.window,
+                activity: &activity,
+                readings: &readings,
+                ledger: &self.ledger,
+                gross: true,
+                ruling: &Ruling { duty: self.duty, ..Ruling::FREE },
+                view: &view,
+            });
+        }
+
+        fn go(&mut self, rounds: u32) {
+            for _ in 0..rounds {
+                self.clock.pass(Duration::from_millis(500));
+                self.round();
+            }
+        }
+    }
+
+    #[test]
+    fn a_night_that_ends_is_complete_on_disk_and_the_next_one_begins() {
+        let mut bench = Bench::before_noon();
+        bench.round();
+        bench.go(120);
+        let nights = bench.keeper.nights();
+        let (before, after) = (nights.report("2026-11-24").unwrap(), nights.report("now").unwrap());
+        assert!(before.over && !after.over);
+        assert_eq!((before.night.as_str(), after.night.as_str()), ("2026-11-24", "2026-11-25"));
+        for report in [&before, &after] {
+            assert!((report.whole.of(Use::Training) - 15.0).abs() < 0.3, "{:?}", report.whole);
+            assert!(
+                (report.whole.of(Use::Lost(Reason::PowerBudget)) - 15.0).abs() < 0.3,
+                "{:?}",
+                report.whole
+            );
+            let night: Date = report.night.parse().unwrap();
+            let energy = bench.ledger.night(night).energy;
+            let told = report.energy.as_ref().unwrap();
+            assert_eq!(told.gross_j, energy.gross.0, "the ledger's");
+            assert!((told.gross_j - 900.0).abs() < 30.0, "30 W for 30 s: {told:?}");
+        }
+        let page = bench.directory.path().join("nights/2026-11-24.html");
+        assert!(std::fs::read_to_string(page).unwrap().contains("complete"));
+        // Another daemon goes on with it.
+        bench.keeper.end();
+        bench.keeper = Keeper::new(&bench.directory.path().join("nights"), &bench.clock);
+        bench.clock.pass(Duration::from_secs(60));
+        bench.round();
+        let report = bench.keeper.nights().report("now").unwrap();
+        assert!((report.whole.of(Use::Lost(Reason::Off)) - 60.0).abs() < 1e-6, "{:?}", report.whole);
+        assert_eq!((report.starts, report.damaged), (1, 0), "{:?}", report.whole);
+    }
+
+    #[test]
+    fn a_page_is_written_when_a_window_closes_and_what_was_missed_at_the_start() {
+        let mut bench = Bench::before_noon();
+        bench.window.times = vec!["09:00-11:59".into(), "12:01-12:02".into()];
+        bench.go(320);
+        let page = |bench: &Bench, night: &str| {
+            std::fs::read_to_string(bench.directory.path().join(format!("nights/{night}.html")))
+        };
+        assert!(page(&bench, "2026-11-25").unwrap().contains("it goes on"), "a window closed at 12:02");
+        std::fs::remove_file(bench.directory.path().join("nights/2026-11-24.html")).unwrap();
+        Keeper::new(&bench.directory.path().join("nights"), &bench.clock);
+        assert!(page(&bench, "2026-11-24").unwrap().contains("complete"));
+    }
+
+    #[test]
+    fn a_disk_that_refuses_does_not_stop_the_rounds() {
+        let mut bench = Bench::before_noon();
+        std::fs::write(bench.directory.path().join("nights"), "in the way").unwrap();
+        bench.round();
+        bench.go(120);
+        assert!(bench.keeper.refused);
+        let report = bench.keeper.nights().report("now").unwrap();
+        assert!((report.whole.of(Use::Training) - 15.0).abs() < 0.3, "{:?}", report.whole);
+        std::fs::remove_file(bench.directory.path().join("nights")).unwrap();
+        bench.go(30);
+        assert!(!bench.keeper.refused);
+        assert!(bench.directory.path().join("nights/2026-11-25.jsonl").exists());
+    }
 }

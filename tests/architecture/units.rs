@@ -150,7 +150,10 @@ const SANDBOX: &[(&str, &str)] = &[
 /// What the services may leave out of it.
 const LEFT_OUT: &[(&str, &[&str])] = &[
     ("finetuned.service", &["PrivateUsers", "ProcSubset"]),
-    ("finetuned-worker@.service", &["PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers", "ProcSubset"]),
+    (
+        "finetuned-worker@.service",
+        &["PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers", "ProcSubset"],
+    ),
 ];
 
 fn root() -> &'static Path {
@@ -169,11 +172,14 @@ impl Unit {
         let text = std::fs::read_to_string(path).unwrap();
         let mut section = String::new();
         let mut lines = Vec::new();
-        for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', ';'])) {
+        for line in
+            text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', ';']))
+        {
             if let Some(name) = line.strip_prefix('[') {
                 section = name.trim_end_matches(']').to_string();
             } else {
-                let (directive, value) = line.split_once('=').unwrap_or_else(|| panic!("{}: {line}", path.display()));
+                let (directive, value) =
+                    line.split_once('=').unwrap_or_else(|| panic!("{}: {line}", path.display()));
                 lines.push((section.clone(), directive.to_string(), value.to_string()));
             }
         }
@@ -209,10 +215,14 @@ fn unit(name: &str) -> Unit {
 fn units_use_only_what_the_oldest_systemd_knows() {
     for unit in units() {
         for (section, directive, _) in &unit.lines {
-            let known = DIRECTIVES.iter().find(|(name, _)| name == section).map_or(&[][..], |(_, known)| known);
+            let known =
+                DIRECTIVES.iter().find(|(name, _)| name == section).map_or(&[][..], |(_, known)| known);
             let since = known.iter().find(|(name, _)| name == directive).map(|(_, since)| *since);
             let place = format!("{} [{section}] {directive}", unit.name);
-            assert!(since.is_some_and(|since| since <= OLDEST), "{place}: not in systemd {OLDEST}, or not looked up");
+            assert!(
+                since.is_some_and(|since| since <= OLDEST),
+                "{place}: not in systemd {OLDEST}, or not looked up"
+            );
         }
         // notify-reload came with 253.
         for kind in unit.values("Type") {
@@ -236,7 +246,10 @@ fn both_services_have_the_whole_sandbox_or_say_why_not() {
     }
     let filters = unit("finetuned.service");
     assert_eq!(filters.values("SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
-    assert_eq!(unit("finetuned-worker@.service").values("SystemCallFilter"), ["@system-service", "~@privileged"]);
+    assert_eq!(
+        unit("finetuned-worker@.service").values("SystemCallFilter"),
+        ["@system-service", "~@privileged"]
+    );
     assert!(filters.values("DeviceAllow").is_empty(), "the daemon has no devices");
 }
 
@@ -259,13 +272,18 @@ fn the_worker_has_the_nodes_of_the_gpu_and_no_others() {
 #[test]
 fn what_units_and_configuration_refer_to_is_what_the_package_installs() {
     let build = std::fs::read_to_string(root().join("cross/build")).unwrap();
-    let installs = |path: &str| build.contains(&format!(" {path}\n")) || build.contains(&format!(" {path} 755\n"));
+    let installs =
+        |path: &str| build.contains(&format!(" {path}\n")) || build.contains(&format!(" {path} 755\n"));
     for unit in units() {
         assert!(build.contains(&unit.name), "cross/build does not install {}", unit.name);
         for command in unit.values("ExecStart") {
             let program = command.split(' ').next().unwrap();
             let program = program.strip_prefix("/usr/bin/").unwrap();
-            assert!(build.contains("usr/bin/$program 755") && build.contains(program), "{}: {program}", unit.name);
+            assert!(
+                build.contains("usr/bin/$program 755") && build.contains(program),
+                "{}: {program}",
+                unit.name
+            );
         }
     }
     // The daemon connects where the socket listens.
@@ -281,7 +299,8 @@ fn what_units_and_configuration_refer_to_is_what_the_package_installs() {
     assert_eq!(activation.values("SystemdService"), daemon.values("Alias"));
     assert_eq!(activation.values("Name"), daemon.values("BusName"));
     // Directories and users are those of the units.
-    for (file, words) in [("finetuned.sysusers", "u finetuned"), ("finetuned.tmpfiles", "/var/lib/finetuned")] {
+    for (file, words) in [("finetuned.sysusers", "u finetuned"), ("finetuned.tmpfiles", "/var/lib/finetuned")]
+    {
         let text = std::fs::read_to_string(root().join("systemd").join(file)).unwrap();
         assert!(text.lines().any(|line| line.contains(words) && !line.starts_with('#')), "{file}");
     }

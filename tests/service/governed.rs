@@ -305,3 +305,89 @@ fn a_lease_parks_the_run_until_it_is_given_back() {
         run.wait().await.unwrap();
     });
 }
+
+/// Seconds of a use in the account of the whole night.
+fn used(report: &serde_json::Value, what: &str) -> f64 {
+    let uses = report["whole"]["uses"].as_array().unwrap();
+    uses.iter().find(|of| of["what"] == what).map_or(0.0, |of| of["seconds"].as_f64().unwrap())
+}
+
+#[test]
+fn the_night_says_what_every_second_was_used_for() {
+    let hour = jiff::ZonedDateTime::now().hour();
+    let closed = format!("[window]\ntimes = [\"{:02}:00-{:02}:00\"]\n", (hour + 10) % 24, (hour + 11) % 24);
+    let machine = Machine::new();
+    let mut daemon = Daemon::governed(machine.path(), &closed);
+    let id = block_on(async {
+        let manager = daemon.manager().await;
+        let governor = governor(&manager).await;
+        let endless = ["train.max_steps=100000", "train.checkpoint_every=0", "train.evaluate_every=0"];
+        let path = submit(&manager, shared(), &endless, HashMap::new()).await.unwrap();
+        let run = daemon.run(&manager, &path).await;
+        reaches(&run, &["waiting"]).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        daemon.configure("");
+        daemon.signal("HUP");
+        reaches(&run, &["running"]).await;
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let lease =
+            governor.acquire_lease("planner".into(), "a question".into(), HashMap::new()).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        drop(lease);
+        reaches(&run, &["running"]).await;
+        machine.is_at(97.0);
+        reaches(&run, &["waiting"]).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        path.as_str().rsplit('/').next().unwrap().to_string()
+    });
+    let report = |daemon: &Daemon| -> serde_json::Value {
+        let text = block_on(async {
+            let governor = governor(&daemon.manager().await).await;
+            governor.get_night("now".into(), HashMap::new()).await.unwrap()
+        });
+        serde_json::from_str(&text).unwrap()
+    };
+    let before = report(&daemon);
+    for (what, least, most) in
+        [("outside-window", 2.0, 20.0), ("training", 1.0, 20.0), ("leased", 2.0, 6.0), ("thermal", 2.0, 10.0)]
+    {
+        let seconds = used(&before, what);
+        assert!((least..most).contains(&seconds), "{what}: {seconds} s in {before:#}");
+    }
+    let intervals = before["intervals"].as_array().unwrap();
+    let mut at = before["from_us"].as_i64().unwrap();
+    for interval in intervals {
+        assert_eq!(interval["from_us"], at, "a gap in {intervals:#?}");
+        at = interval["to_us"].as_i64().unwrap();
+    }
+    assert_eq!(before["through_us"], at);
+    let now = jiff::Timestamp::now().as_microsecond();
+    assert!((now - 3_000_000..=now).contains(&at), "accounted for until {at}, and it is {now}");
+    assert_eq!(
+        (&before["runs"][0]["id"], &before["runs"][0]["state"]),
+        (&id.as_str().into(), &"waiting".into())
+    );
+    assert!(before["steps"].as_u64().unwrap() > 0 && before["runs"][0]["first_loss"].is_f64(), "{before:#}");
+    assert_eq!((&before["leases"][0]["who"], &before["leases"][0]["count"]), (&"planner".into(), &1.into()));
+    let leased = before["leases"][0]["seconds"].as_f64().unwrap();
+    assert!((leased - used(&before, "leased")).abs() < 1.5, "{leased} s");
+    assert_eq!(before["temperature"]["max"], 97.0);
+    let text = String::from_utf8(daemon.ctl(&["night", "--date", "now"]).stdout).unwrap();
+    assert!(text.contains("thermal") && text.contains("leased") && text.contains("planner"), "{text}");
+
+    // Killed, and started again: what was synced is there, and the time between was off.
+    machine.is_at(97.0);
+    std::thread::sleep(Duration::from_secs(11));
+    daemon.kill();
+    std::thread::sleep(Duration::from_secs(3));
+    daemon.start();
+    let after = report(&daemon);
+    assert_eq!(after["starts"], 2);
+    for what in ["outside-window", "training", "leased"] {
+        let (was, is) = (used(&before, what), used(&after, what));
+        assert!((was - is).abs() < 1e-6, "{what}: {was} s before, {is} s after the restart");
+    }
+    let off = used(&after, "off") - used(&before, "off");
+    assert!((2.0..25.0).contains(&off), "off for {off} s");
+    assert_eq!(after["damaged"], 0);
+}

@@ -12,7 +12,8 @@ const PLACES: [(Shell, &str, &str, &str); 3] = [
 /// Every file: its path in the tree and its content.
 pub fn all() -> Vec<(String, Vec<u8>)> {
     let mut files = Vec::new();
-    let programs = [("finetuned", finetuned::cli::declaration()), ("finetunectl", finetuned::ctl::declaration())];
+    let programs =
+        [("finetuned", finetuned::cli::declaration()), ("finetunectl", finetuned::ctl::declaration())];
     for (name, declaration) in programs {
         let declaration = without_hidden(name, declaration);
         for (shell, directory, prefix, suffix) in PLACES {
@@ -48,7 +49,12 @@ mod tests {
             for (path, text) in own {
                 let text = String::from_utf8(text).unwrap();
                 for sub in declaration.get_subcommands() {
-                    assert_eq!(text.contains(sub.get_name()), !sub.is_hide_set(), "{path}: {}", sub.get_name());
+                    assert_eq!(
+                        text.contains(sub.get_name()),
+                        !sub.is_hide_set(),
+                        "{path}: {}",
+                        sub.get_name()
+                    );
                 }
             }
         }

@@ -80,7 +80,8 @@ impl Crates {
             let needs = edges.get(id).into_iter().flatten().filter_map(|id| packages.get(id));
             one(packages[id], needs.map(|package| key(package)).collect(), &checksums)
         };
-        let mut others = seen.iter().filter(|id| **id != root).map(|id| read(id)).collect::<Result<Vec<_>>>()?;
+        let mut others =
+            seen.iter().filter(|id| **id != root).map(|id| read(id)).collect::<Result<Vec<_>>>()?;
         others.sort_by_key(Crate::key);
         Ok(Crates { root: read(root)?, others })
     }
@@ -119,7 +120,8 @@ fn one(
     checksums: &BTreeMap<(String, String), String>,
 ) -> Result<Crate> {
     let (name, version) = key(package);
-    let licence = package["license"].as_str().with_context(|| format!("{name} {version} names no licence"))?;
+    let licence =
+        package["license"].as_str().with_context(|| format!("{name} {version} names no licence"))?;
     let manifest = PathBuf::from(text(&package["manifest_path"]));
     needs.sort();
     Ok(Crate {
@@ -137,7 +139,8 @@ fn one(
 
 fn checksums(lock: &str) -> Result<BTreeMap<(String, String), String>> {
     let lock: toml::Table = lock.parse().context("Cargo.lock")?;
-    let packages = lock.get("package").and_then(|packages| packages.as_array()).context("Cargo.lock has no packages")?;
+    let packages =
+        lock.get("package").and_then(|packages| packages.as_array()).context("Cargo.lock has no packages")?;
     let field = |package: &toml::Value, name: &str| Some(package.get(name)?.as_str()?.to_string());
     Ok(packages
         .iter()

@@ -45,7 +45,11 @@ fn callable(member: Node<'_, '_>, kind: &str, roff: &mut Roff) -> Result<()> {
             let goes_out = argument.attribute("direction") == Some("out");
             if goes_out == out {
                 let name = argument.attribute("name").unwrap_or_default();
-                parts.push(format!("{} {}", code(argument.attribute("type").unwrap_or("?")), italic(&code(name))));
+                parts.push(format!(
+                    "{} {}",
+                    code(argument.attribute("type").unwrap_or("?")),
+                    italic(&code(name))
+                ));
             }
         }
         Ok(parts)
@@ -90,7 +94,9 @@ fn elements_named<'a, 'b: 'a>(node: Node<'a, 'b>, name: &'static str) -> impl It
 /// The paragraphs of an element's own documentation.
 fn prose(node: Node<'_, '_>, roff: &mut Roff) {
     let documentation = node.children().filter(|child| child.tag_name().name() == "doc");
-    for paragraph in documentation.flat_map(|doc| doc.descendants()).filter(|node| node.tag_name().name() == "para") {
+    for paragraph in
+        documentation.flat_map(|doc| doc.descendants()).filter(|node| node.tag_name().name() == "para")
+    {
         roff.raw(".PP");
         roff.line(&inline(paragraph));
     }

@@ -86,7 +86,8 @@ fn notices(one: &Crate) -> Result<Vec<String>> {
             }
         }
     }
-    let choices: Vec<&str> = one.licence.split(" OR ").map(|choice| choice.trim_matches(['(', ')', ' '])).collect();
+    let choices: Vec<&str> =
+        one.licence.split(" OR ").map(|choice| choice.trim_matches(['(', ')', ' '])).collect();
     let by_reference = choices.contains(&"Apache-2.0");
     if texts.is_empty() && choices.contains(&"MIT") {
         let holders = if one.authors.is_empty() { "its authors".into() } else { one.authors.join(", ") };

@@ -224,10 +224,8 @@ mod tests {
             ("finetuned-spec", include_str!("../../../docs/spec.md")),
         ] {
             let page = text(name);
-            let keys: Vec<&str> = document
-                .lines()
-                .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
-                .collect();
+            let keys: Vec<&str> =
+                document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
             assert!(keys.len() > 20, "{name}: {keys:?}");
             for key in keys {
                 assert!(page.contains(&bold(&code(key))), "{name}: {key}");

@@ -273,7 +273,8 @@ mod tests {
         let text = roff(
             "| key | type | default | effect |\n|---|---|---|---|\n| `a_b` | integer | `1` | .Counts. |\n| `c` | path | | none |\n",
         );
-        let expected = ".TP\n\\fBa_b\\fR (integer; default \\fB1\\fR)\n\\&.Counts.\n.TP\n\\fBc\\fR (path)\nnone\n";
+        let expected =
+            ".TP\n\\fBa_b\\fR (integer; default \\fB1\\fR)\n\\&.Counts.\n.TP\n\\fBc\\fR (path)\nnone\n";
         assert!(text.ends_with(expected), "{text}");
     }
 }

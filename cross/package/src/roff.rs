@@ -109,10 +109,7 @@ mod tests {
         roff.line(".hidden");
         roff.line("");
         roff.verbatim("'a\n\n--set x\\y");
-        assert_eq!(
-            roff.into_text(),
-            "\\&.hidden\n.PP\n.RS 4\n.nf\n\\(aqa\n\\&\n\\-\\-set x\\ey\n.fi\n.RE\n"
-        );
+        assert_eq!(roff.into_text(), "\\&.hidden\n.PP\n.RS 4\n.nf\n\\(aqa\n\\&\n\\-\\-set x\\ey\n.fi\n.RE\n");
     }
 
     #[test]

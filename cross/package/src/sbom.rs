@@ -10,7 +10,8 @@ pub fn cyclonedx(crates: &Crates, date: Date, rustc: &str) -> String {
     let all = || std::iter::once(&crates.root).chain(&crates.others);
     let dependencies: Vec<Value> = all()
         .map(|one| {
-            let needs: Vec<String> = one.needs.iter().map(|(name, version)| reference(name, version)).collect();
+            let needs: Vec<String> =
+                one.needs.iter().map(|(name, version)| reference(name, version)).collect();
             json!({"ref": reference(&one.name, &one.version), "dependsOn": needs})
         })
         .collect();

@@ -7,6 +7,7 @@ mod private_bus;
 
 use super::*;
 use crate::bus::server::{Endpoint, ServeError, Server};
+use crate::night::{Account, Nights, Record, Span};
 use crate::runs::fake::queued;
 use private_bus::PrivateBus;
 use tokio::time::timeout;
@@ -100,8 +101,12 @@ async fn the_examples_of_the_documentation_work() {
     let mut night = queued(1, ADA);
     night.name = "night".into();
     bench.fake.add(night);
-    let _server = Server::start(&[Endpoint::Bus(bus.address())], bench.service.clone()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();
+    let nights = Nights::new(directory.path().join("nights"));
+    let noons = Span { from: 0, to: 10 };
+    *nights.live() = Some(Account::new(Record::new("2026-11-24".parse().unwrap(), noons, "UTC".into())));
+    let service = bench.service.clone().with_nights(nights);
+    let _server = Server::start(&[Endpoint::Bus(bus.address())], service).await.unwrap();
     std::fs::write(directory.path().join("night.toml"), "SPEC").unwrap();
     std::fs::write(directory.path().join("train.jsonl"), "ROWS").unwrap();
     let run = async |program: &str, arguments: &[&str]| {
@@ -118,7 +123,7 @@ async fn the_examples_of_the_documentation_work() {
     };
     if private_bus::is_there("busctl") {
         let shell = examples("sh");
-        assert_eq!(shell.len(), 2);
+        assert_eq!(shell.len(), 3);
         let text = run("sh", &["-ec", &shell[0]]).await;
         assert_eq!(text.matches("night").count(), 2, "both list the run: {text}");
         // What watches goes on for ever.
@@ -126,6 +131,8 @@ async fn the_examples_of_the_documentation_work() {
         assert_ne!(watched, shell[1]);
         let text = run("sh", &["-ec", &format!("{} || test $? = 124", watched.trim_end())]).await;
         assert!(text.contains("s \"paused\"\ns \"user\"\n"), "{text}");
+        let text = run("sh", &["-ec", &shell[2]]).await;
+        assert!(text.contains("2026-11-24") && text.contains("schema"), "{text}");
     } else {
         private_bus::skip("there is no busctl");
     }

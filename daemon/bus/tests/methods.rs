@@ -473,3 +473,33 @@ async fn the_budget_is_read_by_all_and_changed_by_who_may_configure() {
     governor.reset_budget(Vec::new()).await.unwrap();
     assert_eq!(text(&power().await, "Source"), "default");
 }
+
+#[tokio::test]
+async fn nights_are_reported_to_everybody() {
+    use crate::bus::GovernorProxy;
+    use crate::night::{Account, Nights, Record, Span, Store};
+    let directory = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Authorization::Group);
+    let nights = Nights::new(directory.path().into());
+    bench.service = bench.service.with_nights(nights.clone());
+    let eve = bench.client(EVE, &[]).await;
+    let governor = GovernorProxy::builder(&eve.connection).build().await.unwrap();
+    let night = |date: &str| governor.get_night(date.into(), Dictionary::new());
+    assert_eq!(refusal(night("").await).0, "NoSuchNight");
+    let record =
+        |date: &str, from| Record::new(date.parse().unwrap(), Span { from, to: from + 10 }, "UTC".into());
+    Store::new(directory.path().into()).sync(&mut record("2026-11-23", 0)).unwrap();
+    *nights.live() = Some(Account::new(record("2026-11-24", 10)));
+    let report: serde_json::Value = serde_json::from_str(&night("now").await.unwrap()).unwrap();
+    assert_eq!((&report["schema"], &report["night"]), (&1.into(), &"2026-11-24".into()));
+    let report: serde_json::Value = serde_json::from_str(&night("2026-11-23").await.unwrap()).unwrap();
+    assert_eq!(report["window"]["uses"][0]["what"], "off");
+    assert_eq!(governor.list_nights().await.unwrap(), ["2026-11-23", "2026-11-24"]);
+    let (name, text) = refusal(night("yesteryear").await);
+    assert!(name == "InvalidInput" && text.contains("yesteryear") && text.contains("2026-11-24"), "{text}");
+    let (name, text) = refusal(night("2026-11-22").await);
+    assert!(name == "NoSuchNight" && text.contains("2026-11-22"), "{text}");
+    let given = options(&[("format", "html".into())]);
+    let (name, text) = refusal(governor.get_night("".into(), given).await);
+    assert!(name == "InvalidInput" && text.contains("format"), "{text}");
+}
