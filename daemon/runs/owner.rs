@@ -1054,6 +1054,7 @@ impl Owner {
                     active.still = hold;
                 }
             }
+            Report::Measured(_) => {}
             Report::Note { text } => {
                 tracing::info!(RUN_ID = %id, "{text}");
                 self.note(id, Kind::Note, text).await;

@@ -17,6 +17,7 @@
 //! [`PERMIT`] ahead, so a daemon that dies or hangs stops the work by itself. A line that is too long or that does not
 //! parse ends the conversation. Fields may be added; a reader ignores those it does not know.
 
+use crate::plan::Measured;
 use crate::reason::Reason;
 use crate::train::observer::{EvaluationRecord, StepRecord};
 use crate::train::run::Summary;
@@ -167,6 +168,8 @@ pub enum Report {
         /// Its number.
         hold: u64,
     },
+    /// What the run took since the last time this was told.
+    Measured(Box<Measured>),
     /// Something a person should know that is no error.
     Note {
         /// In words.
