@@ -78,7 +78,6 @@ pub fn command(arguments: &PlanArguments) -> Result<Exit, Failure> {
     let known = Known {
         speed: Speed::of(&records, &survey.setup, &outlook.machine, None),
         probed: arguments.probe && fits,
-        energy: None,
     };
     let page = forecast::page(survey, &known, &outlook, before, &now);
     console::result(&if arguments.json { json(&page)? } else { page.text() })?;

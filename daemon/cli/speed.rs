@@ -47,6 +47,7 @@ pub fn record(measured: Measured, origin: Origin, machine: Machine) -> Record {
         machine,
         duty: None,
         budget: None,
+        energy: None,
         measured,
     }
 }

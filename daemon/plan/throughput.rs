@@ -221,6 +221,11 @@ impl Measured {
         self.preparations.merge(&other.preparations);
     }
 
+    /// Seconds of computing, without preparation.
+    fn seconds(&self) -> f64 {
+        self.train.seconds + self.eval.seconds + self.updates.seconds + self.saves.seconds
+    }
+
     /// What was taken since the last time, which begins anew; `None` where nothing was trained.
     pub fn take(&mut self) -> Option<Measured> {
         let nothing = Measured::nothing(self.setup.clone());
@@ -245,7 +250,7 @@ pub struct Record {
     pub time_us: u64,
     /// Where it comes from.
     pub origin: Origin,
-    /// The daemon's run; its energy is in `energy.jsonl`.
+    /// The daemon's run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunId>,
     /// The machine.
@@ -257,6 +262,9 @@ pub struct Record {
     /// The set-points under which it did, as one text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<String>,
+    /// Energy of a token of the whole run so far, where there was a meter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<PerToken>,
     /// The figures.
     #[serde(flatten)]
     pub measured: Measured,
@@ -272,6 +280,14 @@ impl Record {
             && m.eval.is_sound()
             && sound(&spent)
             && self.duty.is_none_or(|duty| duty > 0.0 && duty <= 1.0)
+            && self.energy.is_none_or(|energy| sound(&[energy.gross.0, energy.above_idle.0]))
+    }
+
+    /// Power while it computed, in W: gross, and above idle.
+    fn watts(&self) -> Option<(f64, f64)> {
+        let (energy, seconds) = (self.energy?, self.measured.seconds());
+        let rate = self.measured.tokens as f64 / seconds;
+        (rate.is_finite() && rate > 0.0).then_some((energy.gross.0 * rate, energy.above_idle.0 * rate))
     }
 }
 
@@ -351,8 +367,8 @@ pub struct Speed {
     pub error: f64,
     /// Share of the time that the governor let such runs compute under this budget, where that is known.
     pub duty: Option<f64>,
-    /// The daemon's runs among the records.
-    pub runs: Vec<RunId>,
+    /// Power while it computes, in W: gross, and above idle.
+    pub watts: Option<(f64, f64)>,
 }
 
 /// Seconds of computing, by part.
@@ -422,7 +438,11 @@ impl Speed {
             tokens: all.tokens,
             error: spread.max(smallest),
             duty: median(duties),
-            runs: records.iter().filter_map(|record| record.run.clone()).collect(),
+            watts: {
+                let watts = || records.iter().filter_map(|record| record.watts());
+                median(watts().map(|(gross, _)| gross).collect())
+                    .zip(median(watts().map(|(_, above_idle)| above_idle).collect()))
+            },
         })
     }
 
@@ -470,7 +490,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-/// Energy of a run's tokens.
+/// Energy of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PerToken {
     /// All of it.
@@ -480,7 +500,7 @@ pub struct PerToken {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
 
     pub fn setup() -> Setup {
@@ -515,6 +535,7 @@ pub mod tests {
             machine: Machine::default(),
             duty: None,
             budget: None,
+            energy: None,
             measured,
         }
     }
@@ -603,6 +624,17 @@ pub mod tests {
         let of = |budget| Speed::of(&records, &setup(), &Machine::default(), budget).unwrap().duty;
         assert_eq!(of(Some("85 °C")), Some(0.5));
         assert_eq!((of(Some("60 °C")), of(None)), (None, None));
+    }
+
+    #[test]
+    fn power_is_what_the_tokens_took_while_it_computed() {
+        // 400 tokens of 10 J in 0.24 + 0.5 + 2 s of computing.
+        let energy = Some(PerToken { gross: Joules(10.0), above_idle: Joules(8.0) });
+        let metered = Record { energy, ..record(1, 1.0) };
+        let speed = Speed::of(&[metered, record(2, 1.0)], &setup(), &Machine::default(), None).unwrap();
+        let (gross, above_idle) = speed.watts.unwrap();
+        close(gross, 4000.0 / 2.74);
+        close(above_idle, 3200.0 / 2.74);
     }
 
     #[test]

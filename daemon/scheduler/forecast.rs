@@ -13,7 +13,7 @@ use super::window::Windows;
 use crate::config::budget::{Budget, Window};
 use crate::governor::energy::night_of;
 use crate::plan::page::{self, Calendar, EnergyFacts, Limit, Night, Page, Refusal, Survey, Time, length};
-use crate::plan::throughput::{Machine, PerToken, Speed};
+use crate::plan::throughput::{Likeness, Machine, Speed};
 use crate::units::Joules;
 use jiff::civil::Date;
 use jiff::{SignedDuration, Timestamp, ToSpan, ZonedDateTime};
@@ -314,15 +314,13 @@ impl Outlook {
     }
 }
 
-/// What is known of speed and energy.
+/// What is known of the speed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Known {
     /// Speed; absent where nothing was measured.
     pub speed: Option<Speed>,
     /// Whether it was measured for this page.
     pub probed: bool,
-    /// Energy of a token.
-    pub energy: Option<PerToken>,
 }
 
 /// The page of a run that would begin at `now`, and should be complete before `before`.
@@ -354,7 +352,7 @@ pub fn page(
     let parts = speed.parts(&work);
     let duty = speed.duty.unwrap_or(1.0);
     let stretched = 1.0 + speed.error;
-    let basis = if known.probed && speed.likeness == crate::plan::throughput::Likeness::Same {
+    let basis = if known.probed && speed.likeness == Likeness::Same {
         page::Basis::Probe
     } else {
         speed.likeness.into()
@@ -372,15 +370,13 @@ pub fn page(
         duty_known: speed.duty.is_some(),
     });
     let computing = parts.total() - parts.prepare;
-    page.energy = known.energy.map(|of_token| EnergyFacts {
-        gross: Joules(of_token.gross.0 * work.tokens as f64),
-        above_idle: Joules(of_token.above_idle.0 * work.tokens as f64),
-        per_token: of_token.gross,
+    page.energy = speed.watts.map(|(gross, above_idle)| EnergyFacts {
+        gross: Joules(gross * parts.total()),
+        above_idle: Joules(above_idle * parts.total()),
+        per_token: Joules(gross * parts.total() / work.tokens.max(1) as f64),
     });
-    let watts = page.energy.filter(|_| computing > 0.0).map(|energy| {
-        let counted = if outlook.budget.energy_gross { energy.gross } else { energy.above_idle };
-        counted.0 / computing
-    });
+    let watts =
+        speed.watts.map(|(gross, above_idle)| if outlook.budget.energy_gross { gross } else { above_idle });
     let demand = Demand { steps: work.steps, seconds: computing, prepare: parts.prepare, duty, watts };
     match Schedule::new(&outlook.window) {
         Ok(schedule) => {
