@@ -114,7 +114,7 @@ impl Costs {
     /// The line through all, by least squares; through the origin and the mean where the works hardly differ. `None`
     /// without any work.
     pub fn line(&self) -> Option<Line> {
-        if self.batches == 0 || self.gflop <= 0.0 || self.seconds <= 0.0 {
+        if !self.is_sound() || self.batches == 0 || self.gflop <= 0.0 || self.seconds <= 0.0 {
             return None;
         }
         let n = self.batches as f64;
@@ -276,7 +276,6 @@ impl Record {
         let m = &self.measured;
         let spent = [m.updates.seconds, m.saves.seconds, m.preparations.seconds];
         m.train.line().is_some()
-            && m.train.is_sound()
             && m.eval.is_sound()
             && sound(&spent)
             && self.duty.is_none_or(|duty| duty > 0.0 && duty <= 1.0)

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   one micro-batch, not counted ─► the longest, the shortest, the middle one, quarters, eighths, … ─► one update
-//!     (reads the base in)              until LIMIT, at least LEAST of them                             two of evaluation
+//!     (reads the base in)              until they are known (KNOWN, ROUNDS) or LIMIT is over           two of evaluation
 //!                                                                                                      one checkpoint
 //! ```
 //!
-//! It costs [`LIMIT`], or [`LEAST`] micro-batches and the one before where these take longer; a stop is heard between
-//! two micro-batches. The memory is that of the run.
+//! It costs [`LIMIT`] at most, or [`LEAST`] micro-batches and the one before where these take longer; a stop is heard
+//! between two micro-batches. The memory is that of the run.
 
 use super::prepare::{self, Prepared};
 use super::run::{dropout_key, fresh_state, save};
@@ -32,6 +32,9 @@ use std::time::Duration;
 pub const LIMIT: Duration = Duration::from_secs(10);
 /// So many are computed in any case: a line needs more than two points.
 const LEAST: usize = 4;
+/// Computed so long, and each so often, they are known.
+const KNOWN: Duration = Duration::from_secs(2);
+const ROUNDS: usize = 3;
 /// Different micro-batches that are made; then the first come again.
 const DIFFERENT: usize = 33;
 
@@ -98,7 +101,9 @@ pub fn probe<B: Backend>(
     let mut labelled = trainer.micro_step(&train.sequences(first), 0.0).labelled;
     let began = clock.monotonic();
     for (i, range) in train.order.iter().cycle().enumerate() {
-        if i >= LEAST && clock.monotonic().saturating_sub(began) >= LIMIT {
+        let took = clock.monotonic().saturating_sub(began);
+        let known = took >= KNOWN && i >= ROUNDS * train.order.len();
+        if i >= LEAST && (took >= LIMIT || known) {
             break;
         }
         if stop() {
