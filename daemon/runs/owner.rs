@@ -1237,7 +1237,7 @@ impl Owner {
             let stopping = record.condition.state == State::Saving;
             Some(Active { id: active.id.clone(), priority: record.priority, stopping })
         });
-        let device_free = self.active.is_none() && !self.surveys();
+        let device_free = self.active.is_none() && self.surveys().is_none();
         // A disk that refuses a record would refuse the next one.
         let disk = self.runs.values().all(|run| !run.unsaved);
         let candidates: Vec<Candidate> = self
@@ -1588,7 +1588,8 @@ impl Owner {
         // A worker that prepares or saves computes, too; only a parked one does not.
         let computes = active.as_ref().and_then(|id| self.runs.get(id));
         let computes = computes.is_some_and(|run| run.record.condition.state != State::Waiting);
-        self.options.governor.computes(active.as_ref().filter(|_| computes), self.doing());
+        let computing = active.as_ref().filter(|_| computes).or(self.surveys());
+        self.options.governor.computes(computing, self.doing());
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };

@@ -226,7 +226,7 @@ impl Owner {
                 planning.session = None;
             }
         }
-        if late && !self.surveys() {
+        if late && self.surveys().is_none() {
             // A file system that does not answer keeps its thread, and no one else.
             self.planning = None;
         }
@@ -237,9 +237,9 @@ impl Owner {
         }
     }
 
-    /// Whether a worker of a plan is there.
-    pub(super) fn surveys(&self) -> bool {
-        self.planning.as_ref().is_some_and(|planning| planning.session.is_some())
+    /// The plan whose worker is there. What it takes is booked under its own id, and so counts to the night.
+    pub(super) fn surveys(&self) -> Option<&RunId> {
+        self.planning.as_ref().filter(|planning| planning.session.is_some()).map(|planning| &planning.id)
     }
 
     fn plan_answer(&mut self, answer: Result<String, RequestError>) {
@@ -306,43 +306,33 @@ impl Owner {
 /// The page, as JSON.
 fn answer(grounds: Grounds) -> Result<String, RequestError> {
     let Grounds { survey, measured, unmeasured, outlook, before, history, now, time_us } = grounds;
-    let probed = measured.is_some();
-    let records = match measured {
-        Some(measured) => {
-            let record = Record {
-                time_us,
-                origin: Origin::Probe,
-                run: None,
-                machine: outlook.machine.clone(),
-                duty: None,
-                budget: None,
-                energy: None,
-                measured,
-            };
-            if let Err(error) = history::append(&history, &record) {
-                tracing::warn!("{error}");
-            }
-            // How fast it is now, and what earlier runs of the same kind say of heat and energy.
-            let (mut records, _) = read(&history);
-            records.retain(|earlier| earlier.duty.is_some() || earlier.energy.is_some());
-            records.push(record);
-            records
-        }
-        None => read(&history).0,
-    };
+    let (records, damaged) = history::read(&history).unwrap_or_else(|error| {
+        tracing::warn!("{error}");
+        (Vec::new(), 0)
+    });
+    if damaged > 0 {
+        tracing::warn!("{damaged} lines of {} cannot be read and are left out", history.display());
+    }
     let set_points = Outlook::set_points(&outlook.budget);
-    let speed = Speed::of(&records, &survey.setup, &outlook.machine, Some(&set_points));
+    let of = |records: &[Record]| Speed::of(records, &survey.setup, &outlook.machine, Some(&set_points));
+    let mut speed = of(&records);
+    let probed = measured.is_some();
+    if let Some(measured) = measured {
+        let machine = outlook.machine.clone();
+        let (duty, budget, energy) = (None, None, None);
+        let record =
+            Record { time_us, origin: Origin::Probe, run: None, machine, duty, budget, energy, measured };
+        if let Err(error) = history::append(&history, &record) {
+            tracing::warn!("{error}");
+        }
+        // It says how fast the machine is now, and nothing about heat and energy.
+        let (duty, watts) = speed.map_or((None, None), |speed| (speed.duty, speed.watts));
+        speed = of(&[record]).map(|probed| Speed { duty, watts, ..probed });
+    }
     let mut page: Page = forecast::page(survey, &Known { speed, probed }, &outlook, before, &now);
     page.notes.extend(unmeasured.map(|why| format!("nothing was measured: {why}")));
     serde_json::to_string(&page)
         .map_err(|error| RequestError::Failed(format!("the plan cannot be written: {error}")))
-}
-
-fn read(path: &std::path::Path) -> (Vec<Record>, usize) {
-    history::read(path).unwrap_or_else(|error| {
-        tracing::warn!("{error}");
-        (Vec::new(), 0)
-    })
 }
 
 /// The share of the time that the governor let a run compute, while nothing held it.
