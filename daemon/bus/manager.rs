@@ -138,7 +138,15 @@ impl Manager {
         let before_us = options.take::<u64>("before")?;
         options.finish()?;
         let spec_name = plain("the option \"spec-name\"", spec_name, MAX_NAME)?;
-        let submission = Submission { spec, spec_name, files, owner: caller.uid, priority: 0, hold: false };
+        let submission = Submission {
+            spec,
+            spec_name,
+            files,
+            owner: caller.uid,
+            priority: 0,
+            deadline_us: 0,
+            hold: false,
+        };
         Ok(self.context.runs.plan(PlanRequest { submission, probe, before_us }).await?)
     }
 

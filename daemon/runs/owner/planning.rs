@@ -327,7 +327,10 @@ fn answer(grounds: Grounds) -> Result<String, RequestError> {
         }
         // It says how fast the machine is now, and nothing about heat and energy.
         let (duty, watts) = speed.map_or((None, None), |speed| (speed.duty, speed.watts));
-        speed = of(&[record]).map(|probed| Speed { duty, watts, ..probed });
+        speed = of(&[record]);
+        if let Some(speed) = &mut speed {
+            (speed.duty, speed.watts) = (duty, watts);
+        }
     }
     let mut page: Page = forecast::page(survey, &Known { speed, probed }, &outlook, before, &now);
     page.notes.extend(unmeasured.map(|why| format!("nothing was measured: {why}")));
