@@ -42,6 +42,8 @@ pub(super) struct Planning {
     probe: bool,
     before: Option<Timestamp>,
     incoming: PathBuf,
+    /// The base as the client's spec names it.
+    base: String,
     /// Absent while the inputs are copied, and when its worker has been told to go.
     session: Option<Session>,
     /// Absent when it is answered.
@@ -83,6 +85,7 @@ impl Owner {
         let incoming = self.layout.incoming(&id);
         let (store, models) = (self.layout.inputs(), self.models.clone());
         let limits = self.options.config.limits.clone();
+        let base = base_of(&request.submission.spec);
         let (events, submission, place) = (self.events.clone(), request.submission, incoming.clone());
         self.planning = Some(Planning {
             id: id.clone(),
@@ -90,6 +93,7 @@ impl Owner {
             probe: request.probe,
             before,
             incoming,
+            base,
             session: None,
             reply: Some(reply),
         });
@@ -189,8 +193,12 @@ impl Owner {
         self.plan_over().await;
     }
 
-    fn plan_surveyed(&mut self, survey: Survey, measured: Option<Measured>, unmeasured: Option<String>) {
+    fn plan_surveyed(&mut self, mut survey: Survey, measured: Option<Measured>, unmeasured: Option<String>) {
         let Some(reply) = self.planning.as_mut().and_then(|planning| planning.reply.take()) else { return };
+        if let Some(planning) = &self.planning {
+            // Where the copy lay is nobody's business.
+            survey.facts.base.path.clone_from(&planning.base);
+        }
         let now = Timestamp::try_from(self.options.clock.wall()).unwrap_or(Timestamp::UNIX_EPOCH);
         let grounds = Grounds {
             survey,
@@ -301,6 +309,15 @@ impl Owner {
             tracing::warn!(RUN_ID = %id, "{error}");
         }
     }
+}
+
+/// The base that a spec names, as it writes it.
+fn base_of(spec: &str) -> String {
+    let base = spec.parse::<toml::Table>().ok().and_then(|spec| {
+        let base = spec.get("model")?.get("base")?.as_str()?;
+        Some(base.replace(char::is_control, "\u{fffd}"))
+    });
+    base.unwrap_or_default()
 }
 
 /// The page, as JSON.
