@@ -21,6 +21,9 @@ pub mod model;
 // Durable state and the formats others read.
 pub mod checkpoint;
 
+// What a run will take.
+pub mod plan;
+
 // The training loop.
 pub mod train;
 

@@ -20,13 +20,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("backend", BASE),
     ("model", &["clock", "config", "reason", "units", "backend"]),
     ("checkpoint", BASE),
-    ("train", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint"]),
-    ("worker", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "train"]),
+    ("plan", BASE),
+    ("train", &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "plan"]),
+    (
+        "worker",
+        &["clock", "config", "reason", "units", "data", "backend", "model", "checkpoint", "plan", "train"],
+    ),
     ("governor", BASE),
     ("night", &["clock", "config", "reason", "units", "governor"]),
-    ("scheduler", &["clock", "config", "reason", "units", "governor"]),
-    ("runs", &["clock", "config", "reason", "units", "checkpoint", "worker", "governor", "scheduler"]),
-    ("bus", &["clock", "config", "reason", "units", "governor", "night", "runs"]),
+    ("scheduler", &["clock", "config", "reason", "units", "plan", "governor"]),
+    (
+        "runs",
+        &["clock", "config", "reason", "units", "checkpoint", "plan", "worker", "governor", "scheduler"],
+    ),
+    ("bus", &["clock", "config", "reason", "units", "plan", "governor", "night", "runs"]),
     (
         "service",
         &[
@@ -35,6 +42,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "reason",
             "units",
             "checkpoint",
+            "plan",
             "worker",
             "governor",
             "night",
@@ -54,13 +62,15 @@ const ARROWS: &[(&str, &[&str])] = &[
             "backend",
             "model",
             "checkpoint",
+            "plan",
             "train",
             "worker",
             "governor",
+            "scheduler",
             "service",
         ],
     ),
-    ("ctl", &["clock", "config", "reason", "units", "night", "bus"]),
+    ("ctl", &["clock", "config", "reason", "units", "plan", "night", "bus"]),
 ];
 
 /// What lies below everything.

@@ -16,6 +16,8 @@ mod kills;
 mod leases;
 #[path = "service/load.rs"]
 mod load;
+#[path = "service/plan.rs"]
+mod plan;
 #[path = "bus_policy/private_bus.rs"]
 #[allow(dead_code, reason = "the bus of the policy's tests, of which these use a part")]
 mod private_bus;

@@ -4,7 +4,7 @@ use super::authority::Action;
 use super::error::{Error, Result};
 use super::input::{Options, name, no_options, plain, shortened};
 use super::{Context, Dictionary, run, same};
-use crate::runs::{Inhibition, Status, Submission};
+use crate::runs::{Inhibition, PlanRequest, Status, Submission};
 use std::collections::HashMap;
 use zbus::message::Header;
 use zbus::{Connection, OwnedFd, OwnedObjectPath, Variant, interface};
@@ -48,6 +48,32 @@ pub(super) fn changed(before: &Status, now: &Status) -> HashMap<&'static str, Va
     now.into_iter().collect()
 }
 
+/// The files of a spec by their paths, where both are of a size that is taken.
+fn spec_and_files(
+    spec: &str,
+    files: HashMap<String, OwnedFd>,
+) -> Result<Vec<(String, std::os::fd::OwnedFd)>> {
+    if spec.len() > MAX_SPEC {
+        return Err(Error::InvalidSpec(format!(
+            "the spec has {} bytes: {MAX_SPEC} is the most that is taken",
+            spec.len()
+        )));
+    }
+    if files.len() > MAX_FILES {
+        return Err(Error::InvalidInput(format!(
+            "{} files were passed: {MAX_FILES} is the most that one call takes; pass a directory, or add the model with \
+             AddModel and name it in the spec",
+            files.len()
+        )));
+    }
+    let mut named = Vec::with_capacity(files.len());
+    for (path, file) in files {
+        named.push((name("the path of a file", path, MAX_PATH)?, file.into()));
+    }
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(named)
+}
+
 #[interface(
     name = "org.finetuned.Finetuned1.Manager",
     proxy(
@@ -72,19 +98,7 @@ impl Manager {
         options: Dictionary,
     ) -> Result<OwnedObjectPath> {
         let caller = self.context.authority.allow(Action::Submit, &header, connection).await?;
-        if spec.len() > MAX_SPEC {
-            return Err(Error::InvalidSpec(format!(
-                "the spec has {} bytes: {MAX_SPEC} is the most that is taken",
-                spec.len()
-            )));
-        }
-        if files.len() > MAX_FILES {
-            return Err(Error::InvalidInput(format!(
-                "{} files were passed: {MAX_FILES} is the most that one call takes; pass a directory, or add the \
-                 model with AddModel and name it in the spec",
-                files.len()
-            )));
-        }
+        let named = spec_and_files(&spec, files)?;
         let mut options = Options::new(options);
         let spec_name = options.take::<String>("spec-name")?.unwrap_or_default();
         let priority = options.take::<i32>("priority")?.unwrap_or(0);
@@ -95,17 +109,45 @@ impl Manager {
             self.context.authority.allow(Action::ManageAll, &header, connection).await?;
         }
         let spec_name = plain("the option \"spec-name\"", spec_name, MAX_NAME)?;
-        let mut named = Vec::with_capacity(files.len());
-        for (path, file) in files {
-            named.push((name("the path of a file", path, MAX_PATH)?, file.into()));
-        }
-        named.sort_by(|(a, _), (b, _)| a.cmp(b));
         let owner = caller.uid;
         let submission = Submission { spec, spec_name, files: named, owner, priority, deadline_us, hold };
         let id = self.context.runs.submit(submission).await?;
         // The caller may use the object at once, on this connection.
         run::export(connection, &self.context, &id).await?;
         Ok(run::path(Some(&id)))
+    }
+
+    /// What a run would take on this machine: memory, and from what earlier runs took, hours, nights and energy. `spec` and
+    /// `files` are those of Submit. Options: `spec-name` (s), `probe` (b: compute some micro-batches to learn how fast they
+    /// are, which takes about ten seconds and only goes while nothing trains), `before` (t: the moment at which it should
+    /// be complete, in microseconds since 1970). `plan` is a JSON object of schema 1.
+    #[zbus(out_args("plan"))]
+    async fn plan(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+        spec: String,
+        files: HashMap<String, OwnedFd>,
+        options: Dictionary,
+    ) -> Result<String> {
+        let caller = self.context.authority.allow(Action::Submit, &header, connection).await?;
+        let files = spec_and_files(&spec, files)?;
+        let mut options = Options::new(options);
+        let spec_name = options.take::<String>("spec-name")?.unwrap_or_default();
+        let probe = options.take::<bool>("probe")?.unwrap_or(false);
+        let before_us = options.take::<u64>("before")?;
+        options.finish()?;
+        let spec_name = plain("the option \"spec-name\"", spec_name, MAX_NAME)?;
+        let submission = Submission {
+            spec,
+            spec_name,
+            files,
+            owner: caller.uid,
+            priority: 0,
+            deadline_us: 0,
+            hold: false,
+        };
+        Ok(self.context.runs.plan(PlanRequest { submission, probe, before_us }).await?)
     }
 
     /// All runs, oldest first, each with the properties of the Run interface and `Path` (o). Options: `unfinished` (b).

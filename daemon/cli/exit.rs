@@ -25,7 +25,7 @@ Exit codes:
   2    usage, or a mistake in the spec
   3    the run failed: its loss, gradient or adapter was not finite
   8    nothing to do: the run had finished before
-  9    limits: the plan does not fit in memory
+  9    limits: the plan does not fit (memory, energy, time)
   130  interrupted: --resume continues from the checkpoint";
 
 /// How a command ended.
@@ -41,7 +41,7 @@ pub enum Exit {
     RunFailed = 3,
     /// The run had finished before.
     NothingToDo = 8,
-    /// The plan does not fit in memory.
+    /// The plan does not fit: memory, energy, time.
     Limits = 9,
     /// Stopped by a signal; the state is in a checkpoint.
     Interrupted = 130,

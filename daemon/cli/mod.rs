@@ -5,6 +5,7 @@
 //!   run, plan, generate, demo, data, spec, config, sensors      the commands
 //!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
+//!   speed       the record of speed
 //!   console     who writes where                     exit        exit codes and error messages
 //! ```
 
@@ -22,6 +23,7 @@ mod progress;
 mod run;
 mod sensors;
 mod spec;
+mod speed;
 mod worker;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -51,14 +53,16 @@ Examples:
 
 Ctrl-C writes a checkpoint and ends; --resume continues, to the same bits.")]
     Run(run::RunArguments),
-    /// Say what a run would take: parameters, tokens, steps, memory by part
+    /// Say what a run would take: parameters, tokens, steps, memory by part, hours, nights
     #[command(after_help = "\
 Examples:
   finetuned plan night.toml
+  finetuned plan night.toml --probe --before 06:00
   finetuned plan night.toml --set data.sequence_length=2048
   finetuned plan night.toml --json | jq .memory.total
 
-Nothing is trained. Exit code 9, and the smallest change that helps, when the run does not fit in memory.")]
+Nothing is trained. Exit code 9, and the smallest change that helps, when the run does not fit: in memory, in the quota of \
+energy, or before the moment that is asked for.")]
     Plan(plan::PlanArguments),
     /// Ask a model, with or without an adapter
     #[command(after_help = "\

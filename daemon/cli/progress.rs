@@ -139,7 +139,9 @@ impl<'a> Progress<'a> {
             Event::Committed { path, .. } => format!("checkpoint {}", shown(path)),
             Event::Stopped(reason) => format!("stopped: {reason}"),
             Event::Refused { request, why } => format!("request {request} refused: {why}"),
-            Event::MicroStep { .. } | Event::Evaluating(..) | Event::Saving => return None,
+            Event::MicroStep { .. } | Event::Evaluating(..) | Event::Saving | Event::Measured(_) => {
+                return None;
+            }
         })
     }
 
@@ -199,7 +201,7 @@ impl<'a> Progress<'a> {
                     bar.set_prefix("training");
                 }
             }
-            Event::Saving | Event::Stopped(_) => {}
+            Event::Saving | Event::Stopped(_) | Event::Measured(_) => {}
         }
     }
 }

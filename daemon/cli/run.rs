@@ -5,9 +5,11 @@ use super::console;
 use super::exit::{Exit, Failure};
 use super::interrupt::Interrupt;
 use super::progress::{Counts, Progress, duration};
+use super::speed;
 use crate::checkpoint;
 use crate::clock::SystemClock;
 use crate::config::spec::Spec;
+use crate::plan::throughput::Origin;
 use crate::train::observer::{Event, Observer};
 use crate::train::run::{Outcome, RunError, RunPaths, Summary, run};
 use crate::units::Bytes;
@@ -107,7 +109,12 @@ impl Foreground {
         let interrupt = Interrupt::listen()?;
         let mut gate = interrupt.gate();
         let mut progress = Progress::new(&clock);
+        let machine = speed::machine();
         let mut observer = |event: Event| {
+            if let Event::Measured(measured) = event {
+                let record = speed::record(*measured, Origin::Run, machine.clone());
+                return speed::remember(&record);
+            }
             if matches!(event, Event::Started { .. }) {
                 interrupt.training_starts();
                 self.keep_spec();

@@ -23,6 +23,7 @@ mod inhibit;
 mod list;
 mod model;
 mod night;
+mod plan;
 mod records;
 mod status;
 mod steer;
@@ -93,6 +94,16 @@ Examples:
 The spec and every file that it names are read here, with your rights. A [model] base that is a plain name and no file here \
 is a model that the daemon has (`finetunectl model list`).")]
     Submit(submit::SubmitArguments),
+    /// Say what a run would take on the daemon's machine: memory, hours, nights, energy
+    #[command(after_help = "\
+Examples:
+  finetunectl plan night.toml
+  finetunectl plan night.toml --probe --before 06:00
+  finetunectl plan night.toml --json | jq .calendar.finish
+
+Nothing is trained. Exit code 9, and the smallest change that helps, when the run does not fit: in memory, in the quota of \
+energy, or before the moment that is asked for.")]
+    Plan(plan::PlanArguments),
     /// List the runs: those that are not over, and the last ones that are
     #[command(visible_alias = "ls")]
     List(list::ListArguments),
@@ -222,6 +233,7 @@ impl Global {
 async fn dispatch(command: &Command, context: &Context) -> Result<Code, Failure> {
     match command {
         Command::Submit(arguments) => submit::command(arguments, context).await,
+        Command::Plan(arguments) => plan::command(arguments, context).await,
         Command::List(arguments) => list::command(arguments, context).await,
         Command::Show(arguments) => list::show(arguments, context).await,
         Command::Watch(arguments) => watch::command(arguments, context).await,

@@ -6,7 +6,7 @@
 use super::Ruling;
 use super::energy::{Energy, Entry, Meter};
 use crate::reason::Reason;
-use crate::units::RunId;
+use crate::units::{Joules, RunId};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -129,6 +129,18 @@ struct Account {
     meter: Meter,
     /// What runs took in all, of those that took something since the owner looked last.
     booked: BTreeMap<RunId, Entry>,
+    standing: Standing,
+}
+
+/// Where the governor stands.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Standing {
+    /// The board's name.
+    pub board: String,
+    /// Power mode, where the board has one.
+    pub mode: Option<String>,
+    /// What runs have taken of the night's energy, as the quota counts it.
+    pub night: Joules,
 }
 
 /// The owner's side.
@@ -179,6 +191,11 @@ impl Bench {
         account.booked.extend(booked);
     }
 
+    /// Where the governor stands after a round.
+    pub fn stand(&self, standing: Standing) {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner).standing = standing;
+    }
+
     /// What the runs do, with what has happened since the last call.
     pub fn activity(&self, now: Duration) -> Activity {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner).take(now)
@@ -213,6 +230,11 @@ impl Door {
     pub fn energy(&self, now: Duration) -> Option<Energy> {
         let account = self.account.lock().unwrap_or_else(PoisonError::into_inner);
         account.meter.sees(now).then(|| account.meter.total_at(now))
+    }
+
+    /// Where the governor stands.
+    pub fn standing(&self) -> Standing {
+        self.account.lock().unwrap_or_else(PoisonError::into_inner).standing.clone()
     }
 
     /// What runs took in all: those that took something since the last call.
@@ -269,7 +291,7 @@ impl Door {
 mod tests {
     use super::*;
     use crate::governor::readings::{Reading, Readings};
-    use crate::units::{Joules, Watts};
+    use crate::units::Watts;
 
     #[test]
     fn silence_is_a_hold() {

@@ -18,3 +18,4 @@ pub mod generate;
 pub mod memory;
 pub mod tensor_file;
 pub mod weights;
+pub mod work;

@@ -155,6 +155,18 @@ impl Fake {
                 self.add(queued(number, submission.owner));
                 let _ = reply.send(Ok(id(number)));
             }
+            Command::Plan(request, reply) => {
+                let submission = request.submission;
+                let files: Vec<&str> = submission.files.iter().map(|(name, _)| name.as_str()).collect();
+                self.hear(format!(
+                    "plan {:?} by {} files {files:?} probe {} before {:?}",
+                    submission.spec_name, submission.owner, request.probe, request.before_us
+                ));
+                let _ = reply.send(match submission.spec.as_str() {
+                    "wrong" => Err(RequestError::InvalidSpec("line 1: wrong".into())),
+                    _ => Ok("{\"schema\":1}".into()),
+                });
+            }
             Command::Ask(id, ask, reply) => {
                 let asked = self.runs.view(&id).and_then(|view| {
                     let before = Condition {

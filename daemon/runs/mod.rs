@@ -24,6 +24,6 @@ mod view;
 pub use owner::{Options, start};
 pub use state::{Ask, Refusal, State};
 pub use view::{
-    Change, Details, Inhibition, Inhibitor, ModelView, RequestError, RunEnergy, RunView, Runs, Status,
-    Submission,
+    Change, Details, Inhibition, Inhibitor, ModelView, PlanRequest, RequestError, RunEnergy, RunView, Runs,
+    Status, Submission,
 };

@@ -13,6 +13,8 @@
 //! A change that the disk refuses stays in memory, is not shown, and is tried again every second; nothing begins
 //! meanwhile. So the order "durable, then visible" holds on a full disk, too.
 
+mod planning;
+
 use super::inputs;
 use super::models::Models;
 use super::record::{self, Entry, Figures, Kind, Layout, Position, Record};
@@ -36,6 +38,7 @@ use crate::worker::launch::Launcher;
 use crate::worker::protocol::{Finished, Phase, Report, Start};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use planning::{Planning, Share};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -149,6 +152,7 @@ pub fn start(options: Options) -> Result<Runs, StartError> {
         next_request: 0,
         submitted,
         arriving: BTreeMap::new(),
+        planning: None,
         asleep: None,
         weighed: None,
         stopping: None,
@@ -290,6 +294,8 @@ struct ActiveRun {
     still: u64,
     checkpoints: HashMap<u64, Reply<u64>>,
     evaluations: HashMap<u64, Reply<f64>>,
+    /// How much of the time it may compute.
+    share: Share,
 }
 
 impl ActiveRun {
@@ -335,6 +341,8 @@ pub(super) enum Message {
     Models(Box<dyn FnOnce() + Send>),
     /// Files of a removed run were deleted.
     Swept,
+    /// The inputs of a plan were copied, or not: the spec with their paths.
+    PlanInputs(RunId, Result<String, RequestError>),
 }
 
 /// A submission whose files are in place.
@@ -356,6 +364,7 @@ struct Owner {
     submitted: u64,
     /// Submissions that are being copied, with their users.
     arriving: BTreeMap<RunId, u32>,
+    planning: Option<Planning>,
     /// The machine sleeps or goes down: why nothing begins, and who waits until nothing computes.
     asleep: Option<(Reason, Vec<oneshot::Sender<()>>)>,
     /// When deadlines were last looked at; absent when something about them has changed.
@@ -401,6 +410,7 @@ impl Owner {
         // A client that no longer waits for its answer is no concern of ours: results of `send` are ignored.
         match command {
             Command::Submit(submission, reply) => self.submit(*submission, reply),
+            Command::Plan(request, reply) => self.plan(*request, reply),
             Command::Ask(id, ask, reply) => {
                 let _ = reply.send(self.ask(&id, ask).await);
             }
@@ -917,6 +927,7 @@ impl Owner {
         let launch = std::mem::replace(&mut self.options.config.worker, config.worker).launch;
         self.options.config.worker.launch = launch;
         self.options.config.limits = config.limits;
+        self.options.config.budget = config.budget;
         self.options.config.window = config.window;
         self.weighed = None;
         self.options.config.storage.model_directories = config.storage.model_directories;
@@ -942,6 +953,9 @@ impl Owner {
     async fn message(&mut self, message: Message) {
         match message {
             Message::Session(id, event) => {
+                if self.planning.as_ref().is_some_and(|planning| planning.is(&id)) {
+                    return self.plan_event(event).await;
+                }
                 // A session speaks until it has ended, and there is one at a time.
                 if self.active.as_ref().is_some_and(|active| active.id == id) {
                     match event {
@@ -963,6 +977,7 @@ impl Owner {
                 self.tell(Change::Status);
             }
             Message::Swept => self.sweep(),
+            Message::PlanInputs(id, taken) => self.plan_inputs(id, taken).await,
         }
     }
 
@@ -1054,6 +1069,7 @@ impl Owner {
                     active.still = hold;
                 }
             }
+            Report::Measured(measured) => self.remember(id, *measured).await,
             Report::Note { text } => {
                 tracing::info!(RUN_ID = %id, "{text}");
                 self.note(id, Kind::Note, text).await;
@@ -1080,6 +1096,11 @@ impl Owner {
                 run.record.figures.eval_loss = summary.best_eval_loss.or(run.record.figures.eval_loss);
                 let early = summary.stopped_early.then_some(Reason::EarlyStopping);
                 self.happened(id, Event::Complete(early)).await;
+            }
+            Ended::Finished(Finished::Surveyed { .. }) => {
+                // A defect of the worker's: nobody asked for that.
+                let event = if saving { Event::Saved } else { Event::Lost(Reason::Protocol) };
+                self.happened(id, event).await;
             }
             Ended::Finished(Finished::Stopped { reason }) => {
                 run.record.fruitless = 0;
@@ -1189,6 +1210,7 @@ impl Owner {
     /// Does what the scheduler says, and answers who waited for it. Called after everything that may have changed its
     /// mind.
     async fn schedule(&mut self) {
+        self.pace_plan().await;
         self.take_turn().await;
         if self.active.is_none()
             && let Some((_, waiting)) = &mut self.asleep
@@ -1215,7 +1237,7 @@ impl Owner {
             let stopping = record.condition.state == State::Saving;
             Some(Active { id: active.id.clone(), priority: record.priority, stopping })
         });
-        let device_free = self.active.is_none();
+        let device_free = self.active.is_none() && self.surveys().is_none();
         // A disk that refuses a record would refuse the next one.
         let disk = self.runs.values().all(|run| !run.unsaved);
         let candidates: Vec<Candidate> = self
@@ -1308,6 +1330,7 @@ impl Owner {
             active.holds += 1;
         }
         active.session.pace(Pace { run: false, duty: 1.0, hold: active.holds });
+        active.share.paced(None);
         let now = self.options.clock.monotonic();
         let parked = *active.parked.get_or_insert_with(|| Parked { since: Instant::now(), held_since: now });
         let id = active.id.clone();
@@ -1328,6 +1351,7 @@ impl Owner {
         let duty = self.ruling().duty;
         let Some(active) = &mut self.active else { return };
         active.session.pace(Pace { run: true, duty, hold: 0 });
+        active.share.paced(Some(duty));
         let id = active.id.clone();
         if active.parked.take().is_some() {
             if let Some(run) = self.runs.get_mut(&id) {
@@ -1402,6 +1426,7 @@ impl Owner {
             directory,
             cache: self.options.config.storage.cache_directory.clone(),
             threads: self.options.config.worker.threads,
+            survey: None,
         };
         let (session, events) = session::start(
             self.options.launcher.clone(),
@@ -1418,6 +1443,7 @@ impl Owner {
             still: 0,
             checkpoints: HashMap::new(),
             evaluations: HashMap::new(),
+            share: Share::default(),
         });
         tokio::spawn(forward(id, events, inbox));
     }
@@ -1562,7 +1588,8 @@ impl Owner {
         // A worker that prepares or saves computes, too; only a parked one does not.
         let computes = active.as_ref().and_then(|id| self.runs.get(id));
         let computes = computes.is_some_and(|run| run.record.condition.state != State::Waiting);
-        self.options.governor.computes(active.as_ref().filter(|_| computes), self.doing());
+        let computing = active.as_ref().filter(|_| computes).or(self.surveys());
+        self.options.governor.computes(computing, self.doing());
         let mut board = self.handle.board();
         let device = board.status.device.clone();
         let status = Status { active, state, reason, device, unfinished: count };

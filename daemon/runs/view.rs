@@ -30,6 +30,17 @@ pub struct Submission {
     pub hold: bool,
 }
 
+/// A run that may be: what would it take?
+#[derive(Debug)]
+pub struct PlanRequest {
+    /// The run. Priority and hold do not matter.
+    pub submission: Submission,
+    /// Compute some micro-batches to learn how fast they are.
+    pub probe: bool,
+    /// When it should be complete, in microseconds since 1970.
+    pub before_us: Option<u64>,
+}
+
 /// What is visible of a run. Durable before it is visible, but for the figures of the current attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunView {
@@ -275,6 +286,7 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, RequestError>>;
 /// What the owner can be asked.
 pub(super) enum Command {
     Submit(Box<Submission>, Reply<RunId>),
+    Plan(Box<PlanRequest>, Reply<String>),
     Ask(RunId, Ask, Reply<()>),
     Remove(RunId, Reply<()>),
     SetPriority(RunId, i32, Reply<()>),
@@ -399,6 +411,11 @@ impl Runs {
     /// Takes a run into the queue. Its files are copied; it is durable when this returns.
     pub async fn submit(&self, submission: Submission) -> Result<RunId, RequestError> {
         self.ask(|reply| Command::Submit(Box::new(submission), reply)).await
+    }
+
+    /// What a run would take, as JSON ([`crate::plan::Page`]).
+    pub async fn plan(&self, request: PlanRequest) -> Result<String, RequestError> {
+        self.ask(|reply| Command::Plan(Box::new(request), reply)).await
     }
 
     /// Pauses, resumes or cancels. Durable when this returns; a worker may still be saving.

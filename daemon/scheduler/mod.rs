@@ -2,6 +2,7 @@
 
 pub mod conditions;
 pub mod deadline;
+pub mod forecast;
 mod queue;
 pub mod window;
 

@@ -13,7 +13,7 @@ use super::nights::{Keeper, Round};
 use crate::clock::Clock;
 use crate::config::daemon::{DaemonConfig, WorkerConfig};
 use crate::governor::control::{self, Decision, Level, State};
-use crate::governor::door::{self, Activity, Door};
+use crate::governor::door::{self, Activity, Door, Standing};
 use crate::governor::energy::{self, Energy, Ledger, Meter, night_of};
 use crate::governor::readings::Readings;
 use crate::governor::sensors::Sensors;
@@ -99,6 +99,7 @@ impl Governing {
         }
         let (bench, door) = door::pair(ruling, clock.monotonic());
         bench.account(&rounds.meter, rounds.ledger.runs());
+        bench.stand(standing(&view));
         let (set_view, view) = watch::channel(Arc::new(view));
         let ending = Arc::new(AtomicBool::new(false));
         let told = ending.clone();
@@ -117,6 +118,7 @@ impl Governing {
                 let (ruling, view) = rounds.round(&activity);
                 let took = activity.run.map(|run| (run.clone(), rounds.ledger.run(&run)));
                 bench.account(&rounds.meter, took);
+                bench.stand(standing(&view));
                 bench.rule(ruling, rounds.clock.monotonic());
                 tell(&set_view, &view);
                 set_view.send_replace(Arc::new(view));
@@ -181,6 +183,10 @@ fn tell(before: &watch::Sender<Arc<View>>, now: &View) {
         let reason = now.reason.map_or("", Reason::word);
         tracing::warn!(REASON = reason, "governor: {:?}: nothing computes ({reason})", now.level);
     }
+}
+
+fn standing(view: &View) -> Standing {
+    Standing { board: view.board.clone(), mode: view.mode.clone(), night: view.night.unwrap_or_default() }
 }
 
 struct Rounds {

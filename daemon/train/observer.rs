@@ -1,5 +1,6 @@
 //! What a run tells while it goes on. The command line turns it into a progress bar, the worker into messages.
 
+use crate::plan::Measured;
 use crate::reason::Reason;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -92,6 +93,8 @@ pub enum Event {
         /// The request it answers, if any.
         request: Option<u64>,
     },
+    /// What the run took since the last time this was told, for predictions.
+    Measured(Box<Measured>),
     /// A request cannot be honoured; the run goes on.
     Refused {
         /// The request.

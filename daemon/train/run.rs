@@ -18,6 +18,7 @@ use super::observer::{EvaluationRecord, Event, Observer, StepRecord};
 use super::prepare::{self, PrepareError, Prepared};
 use super::schedule::Schedule;
 use super::trainer::Trainer;
+use super::workload;
 use crate::backend::Backend;
 use crate::checkpoint::{
     self, CheckpointError, CheckpointRef, FileError, Identity, IdentityMismatch, LockError, MetricsError,
@@ -29,11 +30,18 @@ use crate::data::{EpochPlan, Sequence, TokenRows};
 use crate::model::adapter::Adapter;
 use crate::model::decoder::Decoder;
 use crate::model::memory::{self, MemoryPlan};
+use crate::model::work::Work;
+use crate::plan::Measured;
+use crate::plan::throughput::Amount;
 use crate::reason::Reason;
 use crate::units::Bytes;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Computing after which what it took is told, at the next checkpoint: a crash loses no more of it.
+const TELL_EVERY: f64 = 60.0;
 
 /// The spec with its defaults, beside the results.
 const RESOLVED_SPEC: &str = "spec.resolved.toml";
@@ -205,6 +213,7 @@ pub fn run(
     observer: &mut dyn Observer,
     clock: &dyn Clock,
 ) -> Result<Outcome, RunError> {
+    let began = clock.monotonic();
     let _lock = OutputLock::acquire(&paths.output)?;
     let checkpoints = paths.output.join("checkpoints");
     let occupied = paths.output.join("metrics.jsonl").exists() || checkpoints.exists();
@@ -228,7 +237,7 @@ pub fn run(
     let run = Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?;
     // Only now: a spec that a resume refuses must not replace the one that the results come from.
     checkpoint::atomic_write(&paths.output.join(RESOLVED_SPEC), spec.to_toml().as_bytes())?;
-    run.drive(gate, observer, clock)
+    run.drive(began, gate, observer, clock)
 }
 
 /// A run in progress.
@@ -257,6 +266,12 @@ struct Run<'a, B: Backend> {
     /// Seconds computed, and tokens, within the current step by this attempt.
     step_seconds: f64,
     step_tokens: u64,
+    work: Work,
+    /// What was computed since it was told.
+    measured: Measured,
+    /// Work (GFLOP) and seconds of the attempt's first micro-batch. It reads the base from the disk, so what it took
+    /// longer than the others belongs to the preparation.
+    first: Option<(f64, f64)>,
 }
 
 impl<'a, B: Backend> Run<'a, B> {
@@ -286,6 +301,8 @@ impl<'a, B: Backend> Run<'a, B> {
         let total_parameters = base.total_parameters() + layout.parameters();
         drop(tokenizer); // tens of megabytes, not needed while training
         backend.reserve(memory::step_shape(&base.config, &layout, largest));
+        let setup = workload::setup(spec, &backend, &base, &layout, plan.recompute);
+        let work = Work::new(&base.config, &layout, plan.recompute);
         let decoder = Decoder::new(backend, base);
         let mut trainer = Trainer::new(decoder, layout, spec.run.seed, capacity, plan.recompute);
         if let Some((values, _)) = initial {
@@ -377,38 +394,44 @@ impl<'a, B: Backend> Run<'a, B> {
             last_loss,
             step_seconds: 0.0,
             step_tokens: 0,
+            work,
+            measured: Measured::nothing(setup),
+            first: None,
             trainer,
         })
     }
 
     fn drive(
         mut self,
+        began: Duration,
         gate: &mut dyn Gate,
         observer: &mut dyn Observer,
         clock: &dyn Clock,
     ) -> Result<Outcome, RunError> {
+        self.measured.preparations.add((clock.monotonic() - began).as_secs_f64());
         loop {
             if self.state.micro_step == 0 {
                 let mut improved = false;
                 if self.evaluation_due() {
                     match self.evaluate(gate, observer, clock)? {
                         Ok(better) => improved = better,
-                        Err(reason) => return self.stop(reason, observer),
+                        Err(reason) => return self.stop(reason, observer, clock),
                     }
                 }
                 let every = self.spec.train.checkpoint_every;
                 let due = every > 0 && self.state.step > 0 && self.state.step.is_multiple_of(every);
                 let finished = self.finished();
                 if due || improved || finished {
-                    self.commit(None, observer)?;
+                    self.commit(None, observer, clock)?;
                 }
                 if finished {
+                    self.tell_measured(observer);
                     observer.observe(Event::Saving);
                     return self.finish();
                 }
             }
             if let Err(reason) = self.step(gate, observer, clock)? {
-                return self.stop(reason, observer);
+                return self.stop(reason, observer, clock);
             }
         }
     }
@@ -439,7 +462,7 @@ impl<'a, B: Backend> Run<'a, B> {
     ) -> Result<Result<(), Reason>, RunError> {
         loop {
             match gate.request() {
-                Some(Request::Checkpoint(request)) => match self.commit(Some(request), observer) {
+                Some(Request::Checkpoint(request)) => match self.commit(Some(request), observer, clock) {
                     Ok(_) => {}
                     // The store holds what it held before: no reason to end a run that may yet get its space.
                     Err(RunError::Checkpoint(error)) => {
@@ -508,9 +531,16 @@ impl<'a, B: Backend> Run<'a, B> {
             }
             let Some((rows, plan)) = &self.eval else { break };
             observer.observe(Event::Evaluating(first, plan.len()));
+            let started = clock.monotonic();
             let batch: Vec<_> =
                 (first..plan.len().min(first + n)).map(|i| (plan.sequence(rows, i), 0)).collect();
             let found = self.trainer.evaluate(&batch, loss_sum);
+            let seconds = (clock.monotonic() - started).as_secs_f64();
+            let load = workload::of_sequences(batch.iter().map(|(sequence, _)| sequence));
+            match self.first {
+                None => self.first = Some((self.work.evaluate(load), seconds)),
+                Some(_) => self.measured.eval.add(self.work.evaluate(load), seconds),
+            }
             loss_sum = found.loss_sum;
             if !loss_sum.is_finite() {
                 let spec = &self.spec.data;
@@ -592,6 +622,13 @@ impl<'a, B: Backend> Run<'a, B> {
                 .collect();
             let found = self.trainer.micro_step(&batch, self.state.loss_sum);
             let seconds = (clock.monotonic() - started).as_secs_f64();
+            let gflop = self.work.train(workload::of_sequences(batch.iter().map(|(sequence, _)| sequence)));
+            if self.first.is_none() {
+                self.first = Some((gflop, seconds));
+            } else {
+                self.measured.train.add(gflop, seconds);
+                self.measured.tokens += found.tokens;
+            }
             if !found.loss_sum.is_finite() {
                 return Err(self.diverged_in_step("the loss", found.loss_sum, from..to));
             }
@@ -624,6 +661,7 @@ impl<'a, B: Backend> Run<'a, B> {
             return Err(self.diverged_in_step("the adapter's norm", norm, first..last));
         }
         let seconds = (clock.monotonic() - started).as_secs_f64();
+        self.measured.updates.add(seconds);
         self.state.total_seconds += seconds;
         self.step_seconds += seconds;
         let tokens = self.state.tokens_in_step;
@@ -677,32 +715,29 @@ impl<'a, B: Backend> Run<'a, B> {
         }
     }
 
-    fn stop(mut self, reason: Reason, observer: &mut dyn Observer) -> Result<Outcome, RunError> {
-        let checkpoint = self.commit(None, observer)?;
+    fn stop(
+        mut self,
+        reason: Reason,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<Outcome, RunError> {
+        let checkpoint = self.commit(None, observer, clock)?;
+        self.tell_measured(observer);
         observer.observe(Event::Stopped(reason));
         Ok(Outcome::Stopped { reason, checkpoint })
     }
 
     /// Makes the state durable, and the records that go with it.
-    fn commit(&mut self, request: Option<u64>, observer: &mut dyn Observer) -> Result<PathBuf, RunError> {
+    fn commit(
+        &mut self,
+        request: Option<u64>,
+        observer: &mut dyn Observer,
+        clock: &dyn Clock,
+    ) -> Result<PathBuf, RunError> {
+        let began = clock.monotonic();
         observer.observe(Event::Saving);
         self.metrics.sync()?;
-        let layout = &self.trainer.layout;
-        let backend = &self.trainer.decoder.backend;
-        let names: Vec<String> = (0..layout.tensors()).map(|i| layout.name(i)).collect();
-        let shapes: Vec<[usize; 2]> = (0..layout.tensors()).map(|i| layout.shape(i)).collect();
-        let read = |adapter: &Adapter<B>| -> Vec<Vec<f32>> {
-            (0..layout.tensors()).map(|i| adapter.read(backend, layout, i)).collect()
-        };
-        let (parameters, m, v) = (read(&self.trainer.adapter), read(&self.trainer.m), read(&self.trainer.v));
-        let gradients = if self.state.micro_step == 0 { Vec::new() } else { read(&self.trainer.gradients) };
-        let path = self.store.commit(&CheckpointRef {
-            state: &self.state,
-            parameters: borrow(&names, &shapes, &parameters),
-            adam_m: borrow(&names, &shapes, &m),
-            adam_v: borrow(&names, &shapes, &v),
-            gradients: borrow(&names, &shapes, &gradients),
-        })?;
+        let path = save(&self.store, &self.state, &self.trainer)?;
         self.last_checkpoint = Some(path.clone());
         checkpoint::atomic_write(&self.output.join("trainer_state.json"), self.trainer_state().as_bytes())?;
         self.store.prune(self.spec.train.keep_checkpoints.max(1), self.state.best_step)?;
@@ -712,7 +747,24 @@ impl<'a, B: Backend> Run<'a, B> {
             within: self.state.micro_step,
             request,
         });
+        self.measured.saves.add((clock.monotonic() - began).as_secs_f64());
+        if self.measured.train.seconds >= TELL_EVERY {
+            self.tell_measured(observer);
+        }
         Ok(path)
+    }
+
+    /// Tells what was computed since the last time.
+    fn tell_measured(&mut self, observer: &mut dyn Observer) {
+        if self.measured.preparations.times > 0
+            && let (Some((gflop, seconds)), Some(line)) = (self.first, self.measured.train.line())
+        {
+            let usual = line.seconds(&Amount { batches: 1, gflop });
+            self.measured.preparations.seconds += (seconds - usual).max(0.0);
+        }
+        if let Some(measured) = self.measured.take() {
+            observer.observe(Event::Measured(Box::new(measured)));
+        }
     }
 
     fn trainer_state(&self) -> String {
@@ -809,6 +861,29 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 }
 
+/// Writes a checkpoint of everything that a step changes.
+pub(super) fn save<B: Backend>(
+    store: &Store,
+    state: &TrainingState,
+    trainer: &Trainer<B>,
+) -> Result<PathBuf, CheckpointError> {
+    let (layout, backend) = (&trainer.layout, &trainer.decoder.backend);
+    let names: Vec<String> = (0..layout.tensors()).map(|i| layout.name(i)).collect();
+    let shapes: Vec<[usize; 2]> = (0..layout.tensors()).map(|i| layout.shape(i)).collect();
+    let read = |adapter: &Adapter<B>| -> Vec<Vec<f32>> {
+        (0..layout.tensors()).map(|i| adapter.read(backend, layout, i)).collect()
+    };
+    let (parameters, m, v) = (read(&trainer.adapter), read(&trainer.m), read(&trainer.v));
+    let gradients = if state.micro_step == 0 { Vec::new() } else { read(&trainer.gradients) };
+    store.commit(&CheckpointRef {
+        state,
+        parameters: borrow(&names, &shapes, &parameters),
+        adam_m: borrow(&names, &shapes, &m),
+        adam_v: borrow(&names, &shapes, &v),
+        gradients: borrow(&names, &shapes, &gradients),
+    })
+}
+
 /// Tensors in the order of a layout as the checkpoint takes them.
 fn borrow<'t>(names: &'t [String], shapes: &'t [[usize; 2]], values: &'t [Vec<f32>]) -> Vec<TensorRef<'t>> {
     let named = names.iter().zip(shapes).zip(values);
@@ -844,7 +919,7 @@ fn epoch_plan(spec: &Spec, rows: &TokenRows, epoch: u64) -> EpochPlan {
 }
 
 /// Dropout key of a sequence: a function of the run and of the sequence's place in it, not of the batch.
-fn dropout_key(seed: u64, epoch: u64, index: usize) -> u64 {
+pub(super) fn dropout_key(seed: u64, epoch: u64, index: usize) -> u64 {
     // splitmix64's finaliser (Steele et al., OOPSLA 2014) over the three numbers.
     let mut z =
         seed ^ epoch.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (index as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
@@ -859,7 +934,7 @@ fn last_evaluation(state: &TrainingState) -> Option<u64> {
     state.log_history.iter().rev().find_map(of)
 }
 
-fn fresh_state(identity: Identity) -> TrainingState {
+pub(super) fn fresh_state(identity: Identity) -> TrainingState {
     TrainingState {
         step: 0,
         micro_step: 0,

@@ -393,6 +393,9 @@ impl Observer for Teller<'_> {
                 link.enter(Phase::Training);
                 link.say(&Report::Refused { request, why: shortened(why) });
             }
+            Event::Measured(measured) => {
+                link.say(&Report::Measured(measured));
+            }
             Event::Stopped(_) => link.tick(),
         }
     }

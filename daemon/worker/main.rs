@@ -19,6 +19,7 @@ use super::failure::{self, shortened};
 use super::link::{Link, PermitGate, Stop, Teller};
 use super::priorities::Priorities;
 use super::protocol::{Failed, Finished, ORPHANED, Ready, Report, SILENCE, Start, VERSION};
+use super::survey;
 use super::wire::{Input, Output, WireError};
 use crate::checkpoint::LockError;
 use crate::clock::SystemClock;
@@ -201,6 +202,9 @@ fn attempt(link: &Link) -> Result<Finished, Failed> {
     }
     let spec = Spec::parse(&start.spec, &format!("{}.toml", start.run), &start.directory, &[]);
     let spec = spec.map_err(|error| failure::of_spec(&error))?;
+    if let Some(order) = start.survey {
+        return survey::survey(&spec, &start, order, link);
+    }
     match run_when_free(&spec, &start, link) {
         Ok(Outcome::Finished { summary, .. }) => Ok(Finished::Complete { summary }),
         // What stopped it may be a failure of its own, for all that the state is saved.

@@ -11,6 +11,7 @@ pub mod launch;
 pub mod main;
 pub mod priorities;
 pub mod protocol;
+pub mod survey;
 pub mod wire;
 
 mod failure;

@@ -9,6 +9,7 @@
 //!     │ ◄──────────────── beat (every 1 s) ─── │   phase, and a counter that moves with the work
 //!     │ ◄── started, step, eval, committed ─── │
 //!     │ ◄─────────────── parked ────────────── │   after the last micro-step under a permit that holds
+//!     │ ◄────────────── measured ───────────── │   at a checkpoint, and at the end: what it took
 //!     │ ─── checkpoint, evaluate, stop ──────► │   answered by committed, evaluated, refused
 //!     │ ◄──────── finished | failed ────────── │   the last word; the worker exits
 //! ```
@@ -17,6 +18,8 @@
 //! [`PERMIT`] ahead, so a daemon that dies or hangs stops the work by itself. A line that is too long or that does not
 //! parse ends the conversation. Fields may be added; a reader ignores those it does not know.
 
+use crate::plan::Measured;
+use crate::plan::page::Survey;
 use crate::reason::Reason;
 use crate::train::observer::{EvaluationRecord, StepRecord};
 use crate::train::run::Summary;
@@ -25,7 +28,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Version of the protocol. Both sides refuse another one.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Longest permit.
 pub const PERMIT: Duration = Duration::from_secs(2);
@@ -87,6 +90,15 @@ pub struct Start {
     pub spec: String,
     /// Threads to compute with; one per core when absent.
     pub threads: Option<usize>,
+    /// Do not train: say what training would take.
+    pub survey: Option<SurveyOrder>,
+}
+
+/// How to survey a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SurveyOrder {
+    /// Compute some micro-batches and measure them; like everything that computes, under a permit.
+    pub probe: bool,
 }
 
 /// Leave to compute, for a moment.
@@ -167,6 +179,8 @@ pub enum Report {
         /// Its number.
         hold: u64,
     },
+    /// What the run took since the last time this was told.
+    Measured(Box<Measured>),
     /// Something a person should know that is no error.
     Note {
         /// In words.
@@ -227,6 +241,15 @@ pub enum Finished {
     Complete {
         /// What was found.
         summary: Box<Summary>,
+    },
+    /// The run was surveyed, and nothing trained.
+    Surveyed {
+        /// What was found.
+        survey: Box<Survey>,
+        /// What was measured, if that was asked for and possible.
+        measured: Option<Box<Measured>>,
+        /// Why it was not possible.
+        unmeasured: Option<String>,
     },
     /// Told to stop; the state is in a checkpoint (where there was any state).
     Stopped {

@@ -329,7 +329,9 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use super::super::protocol::{Beat, Failed, Finished, Permit, Phase, Ready, Start, Started, VERSION};
+    use super::super::protocol::{
+        Beat, Failed, Finished, Permit, Phase, Ready, Start, Started, SurveyOrder, VERSION,
+    };
     use super::*;
     use crate::reason::Reason;
     use crate::train::observer::{EvaluationRecord, StepRecord};
@@ -353,7 +355,8 @@ mod tests {
                 directory: directory.clone().into(),
                 cache: directory.into(),
                 spec,
-                threads
+                threads,
+                survey: threads.map(|threads| SurveyOrder { probe: threads % 2 == 0 }),
             })),
             (any::<bool>(), finite(), any::<u64>(), any::<u64>()).prop_map(|(run, duty, until_ms, hold)| {
                 Request::Permit(Permit { run, duty, until_ms, hold })

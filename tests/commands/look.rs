@@ -29,6 +29,62 @@ fn a_plan_tells_what_the_run_then_takes() {
 }
 
 #[test]
+fn a_plan_knows_the_speed_from_a_probe_and_then_from_runs() {
+    let bench = Bench::new();
+    let unknown = bench.call(&["plan", "spec.toml", "--json"]).json();
+    assert!(unknown["time"].is_null() && unknown["calendar"].is_null());
+    assert_says(&bench.call(&["plan", "spec.toml"]).success(), &["time       unknown", "--probe"]);
+
+    let probed = bench.call(&["plan", "spec.toml", "--probe", "--json"]).json();
+    assert_eq!(probed["time"]["basis"], "probe");
+    assert_eq!(probed["time"]["records"], 1);
+    assert!(probed["time"]["seconds"].as_f64().unwrap() > 0.0);
+    let nights = probed["calendar"]["nights"].as_array().unwrap();
+    assert_eq!(nights.iter().map(|night| night["steps"].as_u64().unwrap()).sum::<u64>(), 7);
+    assert!(!bench.path("runs").exists() && !bench.path("cache/probe/checkpoints").exists());
+
+    bench.call(&["run", "spec.toml"]).success();
+    let text = bench.call(&["plan", "spec.toml"]).success();
+    assert_says(
+        &text,
+        &["tokens/s, from 2 runs and probes of this configuration", "finish     ", "if it began now"],
+    );
+    // Another shape of the same model is scaled, and a damaged record is no obstacle.
+    bench.change("cache/throughput.jsonl", |bytes| bytes.extend_from_slice(b"{\"torn"));
+    let text = bench.call(&["plan", "spec.toml", "--set", "data.sequence_length=64"]).success();
+    assert_says(&text, &["scaled from 2 runs and probes of this base"]);
+}
+
+#[test]
+fn a_plan_that_misses_its_moment_says_how_many_steps_would_not() {
+    let bench = Bench::new();
+    bench.call(&["plan", "spec.toml", "--probe"]).success();
+    let long = ["plan", "spec.toml", "--set", "train.max_steps=100000000", "--before"];
+    let later = jiff::Timestamp::now() + std::time::Duration::from_secs(26 * 3600);
+    let later = later.to_string();
+    let said = bench.call(&[&long[..], &[&later]].concat());
+    assert_eq!(said.code, Some(9), "{said:#?}");
+    assert_says(
+        &said.err,
+        &["error: it would be complete at ", "help: --set train.max_steps=", "hours that are longer"],
+    );
+    let steps = said.err.split("train.max_steps=").nth(1).unwrap().lines().next().unwrap();
+    let steps = format!("train.max_steps={}", steps.parse::<u64>().unwrap() * 9 / 10);
+    bench.call(&["plan", "spec.toml", "--set", &steps, "--before", &later]).success();
+    let said = bench.call(&["plan", "spec.toml", "--before", "soon"]).refusal(2);
+    assert_says(&said, &["--before: \"soon\" is no moment"]);
+
+    // The hours of the daemon.
+    std::fs::write(bench.path("hours.toml"), "[window]\ntimes = [\"00:00-00:01\"]\n").unwrap();
+    let long = &long[..4];
+    let said = bench.call(&[long, &["--config", "hours.toml"]].concat());
+    assert_eq!(said.code, Some(9), "{said:#?}");
+    assert_says(&said.err, &["it would take longer than a year"]);
+    std::fs::write(bench.path("hours.toml"), "[window]\ntimes = [\"soon\"]\n").unwrap();
+    assert_says(&bench.call(&["plan", "spec.toml", "--config", "hours.toml"]).refusal(2), &["window.times"]);
+}
+
+#[test]
 fn a_plan_that_does_not_fit_says_what_would() {
     let bench = Bench::new();
     // A row of 50,000 tokens, 4,096 of them at a time: terabytes.

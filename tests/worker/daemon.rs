@@ -204,6 +204,7 @@ pub fn start(fixture: &Fixture, output: &Path, overrides: &[&str]) -> Request {
         cache: fixture.path("cache-of-the-worker"),
         spec: fixture.spec(overrides).to_toml(),
         threads: Some(2),
+        survey: None,
     })
 }
 

@@ -93,6 +93,25 @@ async fn a_submission_is_checked_before_it_is_passed_on() {
 }
 
 #[tokio::test]
+async fn a_plan_takes_what_a_submission_takes() {
+    let bench = Bench::new(Authorization::Group);
+    let ada = bench.client(ADA, &[MEMBERS]).await;
+    let manager = ada.manager().await;
+    let plan = |spec: &str, options| manager.plan(spec.to_string(), files(&[("t.jsonl", "T")]), options);
+    let given = options(&[("spec-name", "a.toml".into()), ("probe", true.into()), ("before", 7u64.into())]);
+    assert_eq!(plan("[model]", given).await.unwrap(), "{\"schema\":1}");
+    assert_eq!(
+        bench.fake.heard(),
+        [format!("plan \"a.toml\" by {ADA} files [\"t.jsonl\"] probe true before Some(7)")]
+    );
+    assert_eq!(refusal(plan("wrong", Dictionary::new()).await).0, "InvalidSpec");
+    assert_eq!(refusal(plan(&"x".repeat(70_000), Dictionary::new()).await).0, "InvalidSpec");
+    assert_eq!(refusal(plan("", options(&[("priority", 1.into())])).await).0, "InvalidInput");
+    ada.becomes(EVE, &[7]);
+    assert_eq!(refusal(plan("", Dictionary::new()).await).0, "NotAuthorized");
+}
+
+#[tokio::test]
 async fn runs_are_steered() {
     let bench = Bench::new(Authorization::Group);
     bench.fake.add(queued(1, ADA));

@@ -1,0 +1,19 @@
+//! What a run will take: what is known of speed and energy, and the page that tells it.
+//!
+//! ```text
+//!   a run, a probe ──Measured──► throughput.jsonl ──┐
+//!                                   history         ├─ throughput: Speed, with the error it has shown ──┐
+//!   spec, data, base ──► Workload, Facts ───────────┘                                                 ├──► page
+//!   hours, quotas, deadline ──► nights (scheduler::forecast) ─────────────────────────────────────────┘
+//! ```
+//!
+//! Nothing here computes or reads a model: the trainer makes [`Measured`] and [`Facts`], the worker passes them on, and
+//! daemon, command line and client read the same [`page::Page`].
+
+pub mod history;
+pub mod moment;
+pub mod page;
+pub mod throughput;
+
+pub use page::{Facts, Page};
+pub use throughput::{Measured, Record, Setup, Speed, Workload};
