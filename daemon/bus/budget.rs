@@ -35,9 +35,6 @@ pub enum BudgetError {
     /// The disk refused it.
     #[error("{0}")]
     Storage(String),
-    /// The daemon is going down.
-    #[error("the daemon is shutting down")]
-    ShuttingDown,
 }
 
 impl From<BudgetError> for Error {
@@ -46,7 +43,6 @@ impl From<BudgetError> for Error {
         match error {
             BudgetError::Invalid(_) => Error::InvalidInput(text),
             BudgetError::Storage(_) => Error::NoSpace(text),
-            BudgetError::ShuttingDown => Error::ShuttingDown(text),
         }
     }
 }

@@ -26,7 +26,8 @@ pub const FILE: &str = "budget.toml";
 const SECTIONS: [&str; 3] = ["budget", "window", "conditions"];
 /// Largest file: every key many times over.
 const MAX_BYTES: u64 = 1 << 16;
-/// Longest value, in bytes, and most keys of one request.
+/// Longest key and value, in bytes, and most keys of one request.
+const MAX_KEY: usize = 64;
 const MAX_VALUE: usize = 4096;
 const MAX_KEYS: usize = 64;
 
@@ -180,7 +181,7 @@ impl Layers {
         // The state directory stays what it was at the start, whatever the files say now.
         let lasting = read(&self.path)?;
         let next = Layers { files, lasting, lost: None, unreadable: false, ..self.clone() };
-        next.merge(&Changes::new()).map_err(|mistakes| lines(&mistakes))?;
+        next.check(&Changes::new()).map_err(|mistakes| lines(&mistakes))?;
         Ok(next)
     }
 
@@ -234,6 +235,21 @@ impl Layers {
             None => (*key, value.as_str(), file.clone()),
         });
         self.files.config.with(values, &whole)
+    }
+
+    /// What is in force, if it goes together, and what lasts of it does, too: else the next start would find settings lost.
+    fn check(&self, request: &Changes) -> Result<DaemonConfig, Vec<Mistake>> {
+        let config = self.merge(request)?;
+        if !self.runtime.is_empty() {
+            let next_start = Layers { runtime: Settings::new(), ..self.clone() };
+            next_start.merge(request).map_err(|mut mistakes| {
+                for mistake in &mut mistakes {
+                    mistake.problem.push_str(" (once what is set until the next start is gone)");
+                }
+                mistakes
+            })?;
+        }
+        Ok(config)
     }
 
     fn is_key(&self, key: &str) -> bool {
@@ -303,7 +319,7 @@ impl Layers {
             );
             return Err(vec![Mistake { place: Place::Request, key: String::new(), value: None, problem }]);
         }
-        let config = next.merge(changes)?;
+        let config = next.check(changes)?;
         next.lost = None;
         // What was typed is kept as the configuration writes it.
         let written =
@@ -338,7 +354,9 @@ impl Layers {
         }
         let mut mistakes = Vec::new();
         for (key, value) in changes {
-            if value.as_ref().is_some_and(|value| value.len() > MAX_VALUE) {
+            if key.len() > MAX_KEY {
+                mistakes.push(mistake(key, "is no key: it is longer than any"));
+            } else if value.as_ref().is_some_and(|value| value.len() > MAX_VALUE) {
                 mistakes.push(mistake(key, "the value is longer than 4096 bytes"));
             } else if self.is_fixed(key) {
                 mistakes.push(fixed(key, Place::Request));
@@ -504,6 +522,22 @@ mod tests {
     }
 
     #[test]
+    fn what_lasts_must_go_together_without_what_does_not() {
+        let layers = Home::new("").open();
+        let resume = changes(&[("budget.temperature_resume", "60")]);
+        let layers = layers.changed(&resume, true, (0, 8)).unwrap().0;
+        assert_eq!(
+            refused(&layers, &[("budget.temperature", "70")]),
+            [
+                "budget.temperature_resume: is 75.0 °C, not below budget.temperature, 70.0 °C; lower it (once what is set \
+                 until the next start is gone)"
+            ]
+        );
+        let both = set(&layers, &[("budget.temperature", "70"), ("budget.temperature_resume", "60")]);
+        assert_eq!(both.config().budget.temperature, Celsius(70.0));
+    }
+
+    #[test]
     fn a_request_is_judged_as_a_file_is_and_as_a_whole() {
         let layers = Home::new("").open();
         assert_eq!(
@@ -535,6 +569,7 @@ mod tests {
         );
         assert_eq!(refused(&layers, &[("power", "1")]), ["power: expected section.key"]);
         assert!(refused(&layers, &[("budget.power", &"9".repeat(5000))])[0].contains("longer than 4096"));
+        assert!(refused(&layers, &[(&"k".repeat(65), "1")])[0].contains("longer than any"));
         assert!(refused(&layers, &[("budget.power", "\"\u{1b}")])[0].contains("not valid TOML"));
     }
 

@@ -67,7 +67,13 @@ pub async fn command(command: &BudgetCommand, context: &Context) -> Result<Code,
     let governor = client.governor_object().await?;
     let before = entries(&client, &governor).await?;
     let (keys, changed) = match command {
-        BudgetCommand::Show(arguments) => return show(&before, &arguments.keys, context),
+        BudgetCommand::Show(arguments) => {
+            show(&before, &arguments.keys, context)?;
+            for note in client.notes().await {
+                context.console.message(&format!("note: {}", text::printable(&note)));
+            }
+            return Ok(Exit::Done.into());
+        }
         BudgetCommand::Set(arguments) => {
             let changes = changes(&before, &arguments.changes)?;
             let mut options = Dictionary::new();
@@ -189,7 +195,7 @@ fn line_by_line(mut failure: Failure) -> Failure {
     failure
 }
 
-fn show(limits: &[Limit], keys: &[String], context: &Context) -> Result<Code, Failure> {
+fn show(limits: &[Limit], keys: &[String], context: &Context) -> Result<(), Failure> {
     let fits = |limit: &Limit, key: &str| limit.key == key || limit.name() == key || limit.section() == key;
     if let Some(key) = keys.iter().find(|key| !limits.iter().any(|limit| fits(limit, key))) {
         return Err(unknown(limits, key));
@@ -197,14 +203,12 @@ fn show(limits: &[Limit], keys: &[String], context: &Context) -> Result<Code, Fa
     let shown = limits.iter().filter(|limit| keys.is_empty() || keys.iter().any(|key| fits(limit, key)));
     if context.json {
         let limits: Vec<Value> = shown.map(Limit::json).collect();
-        context.console.json(json!({ "budget": limits }))?;
-        return Ok(Exit::Done.into());
+        return context.console.json(json!({ "budget": limits }));
     }
     let rows: Vec<[String; 3]> =
         shown.map(|limit| [limit.key.clone(), limit.friendly(), limit.from(context)]).collect();
     // Paths and hours are of use only as a whole.
-    context.console.result(&text::columns(["KEY", "VALUE", "FROM"], &rows, usize::MAX))?;
-    Ok(Exit::Done.into())
+    context.console.result(&text::columns(["KEY", "VALUE", "FROM"], &rows, usize::MAX))
 }
 
 impl Limit {

@@ -237,6 +237,9 @@ window.quiet        never        default
         shown["budget"][0].to_string(),
         r#"{"key":"window.times","value":["22:00-06:00"],"default":"none","files":[],"source":"set","place":null,"uid":1000,"time_us":1699999700000000}"#
     );
+    bench.shared.world().notes = vec!["it is \x1b blind".into()];
+    assert_eq!(bench.run(&["budget", "show"]).await.err, "note: it is \\u{1b} blind\n");
+    bench.shared.world().notes.clear();
     let typo = bench.run(&["budget", "show", "pwoer"]).await;
     assert_eq!(typo.code, 2);
     assert_eq!(

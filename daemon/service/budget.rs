@@ -76,7 +76,10 @@ impl Keeper {
         }
         let config = next.config();
         self.dial.configure(&config);
-        self.runs.configure(config).await.map_err(|_| BudgetError::ShuttingDown)?;
+        // The governor holds the limits; the runs only foresee by them what will be late.
+        if let Err(error) = self.runs.configure(config).await {
+            tracing::warn!("deadlines are still held against the hours of before: {error}");
+        }
         self.show(&next);
         *layers = next;
         tell(&changed, uid, until);
