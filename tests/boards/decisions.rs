@@ -108,6 +108,8 @@ struct Bench {
 
 impl Bench {
     fn new(tree: Tree, budget: Budget, conditions: Conditions) -> Bench {
+        // Nobody waits for memory.
+        tree.write("proc/pressure/memory", "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n");
         let zone =
             |path: &String| path.starts_with("sys/class/thermal/thermal_zone") && path.ends_with("/temp");
         let zones = paths(&tree).into_iter().filter(zone);
@@ -242,10 +244,9 @@ fn no_damage_ends_a_hold() {
     let low = Conditions { minimum_battery: 0.95, ..Conditions::default() };
     let busy = Conditions { maximum_load: Some(0.1), ..Conditions::default() };
     let none = Conditions::default;
-    let cases: [(fn() -> Tree, Budget, Conditions); 7] = [
+    let cases: [(fn() -> Tree, Budget, Conditions); 6] = [
         (Tree::agx_orin_jp6, hot, none()),
-        (Tree::agx_orin_jp6, hungry.clone(), none()),
-        (Tree::pc, hungry, none()),
+        (Tree::agx_orin_jp6, hungry, none()),
         (Tree::pc, crowded, none()),
         (Tree::pc, Budget::default(), unplugged),
         (Tree::pc, Budget::default(), low),
