@@ -159,7 +159,13 @@ impl Night {
         self.world.daemon(None);
         self.daemon.signal("TERM");
         assert_eq!(self.daemon.wait(), Some(0));
-        self.daemon.start();
+        self.start().await;
+    }
+
+    /// Starts the next daemon.
+    async fn start(&mut self) {
+        // It waits on a runtime of its own, which needs a thread of its own.
+        std::thread::scope(|scope| scope.spawn(|| self.daemon.start()).join().unwrap());
         self.world.daemon(Some(self.daemon.pid()));
         self.connect().await;
     }
@@ -298,6 +304,7 @@ fn a_whole_night() {
         night.reaches(&["running"]).await;
         night.world.go("2026-07-14T23:20:00Z", RATE).await;
 
+        println!("{:.0} s until the leases", began.elapsed().as_secs_f64());
         lease_storm(&night).await;
 
         // The sensor of the junction goes, and comes back.
@@ -320,6 +327,7 @@ fn a_whole_night() {
         night
             .until("a cautious beginning", async |night| night.governor().level().await.unwrap() == "boot")
             .await;
+        println!("{:.0} s until the sleep", began.elapsed().as_secs_f64());
         println!("slept from {} to {}", time(before), time(night.world.now_us()));
         night.world.pace(RATE);
         night.reaches(&["running"]).await;
@@ -561,9 +569,7 @@ async fn befall(night: &mut Night, incident: Incident, seconds: u64) {
             night.run = None;
             world.daemon(None);
             night.daemon.kill();
-            night.daemon.start();
-            night.world.daemon(Some(night.daemon.pid()));
-            night.connect().await;
+            night.start().await;
         }
         Incident::DaemonRestarted => night.restart().await,
         Incident::WorkerKilled => {
