@@ -358,6 +358,15 @@ fn memory_is_left_to_others_and_given_back() {
 }
 
 #[test]
+fn a_machine_that_begins_short_of_memory_says_so() {
+    let mut machine = Loop::draw(2);
+    machine.also = |_, readings| readings.available_memory = Some(Bytes(1200 << 20));
+    machine.run(60.0, |_, _, _| {});
+    let Decision { duty, reason, level, .. } = machine.decision;
+    assert_eq!((duty, reason, level), (0.5, Some(Reason::MemoryPressure), Level::Soft));
+}
+
+#[test]
 fn the_fan_stays_below_its_ceiling_in_quiet_hours() {
     let outcomes = all(0..100, |seed| {
         let mut machine = Loop::draw(seed);

@@ -16,8 +16,13 @@ mod kills;
 mod leases;
 #[path = "service/load.rs"]
 mod load;
+#[path = "service/night.rs"]
+mod night;
 #[path = "service/plan.rs"]
 mod plan;
+#[path = "governor/plant.rs"]
+#[allow(dead_code, reason = "the plant of the governor's tests, of which these use a part")]
+mod plant;
 #[path = "bus_policy/private_bus.rs"]
 #[allow(dead_code, reason = "the bus of the policy's tests, of which these use a part")]
 mod private_bus;
@@ -27,5 +32,10 @@ mod queue;
 mod runs;
 #[path = "service/suspend.rs"]
 mod suspend;
+#[path = "boards/tree.rs"]
+#[allow(dead_code, reason = "the trees of the sensors' tests, of which these use a part")]
+mod tree;
 #[path = "service/users.rs"]
 mod users;
+#[path = "service/world.rs"]
+mod world;

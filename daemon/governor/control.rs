@@ -614,11 +614,13 @@ impl State {
         }
 
         let mut ceiling = 1.0f64;
+        let mut capped = false;
         let memory = if self.memory.level == Memory::Tight { TIGHT } else { 1.0 };
         for (value, reason) in [(memory, Reason::MemoryPressure), (self.alarms.ceiling, Reason::OverCurrent)]
         {
             if value < ceiling && value <= target {
                 limit = Some(reason);
+                capped = true;
             }
             ceiling = ceiling.min(value);
         }
@@ -636,7 +638,9 @@ impl State {
         if self.floored.is_some_and(|floored| now.saturating_sub(floored) >= FLOOR_FOR) {
             return self.stop(self.limit.unwrap_or(Reason::Thermal), now);
         }
-        self.judge(limit.is_some() && change < 0.0, now);
+        // Whatever keeps Boot's ramp from its end, not only what turns it back: else Boot would last, without a reason.
+        let speaks = limit.is_some() && (change < 0.0 || capped || heat.stiff || heat.probe);
+        self.judge(speaks, now);
     }
 
     /// Moves the loops' shares. The change of the duty that the smallest asks for, and what holds it.

@@ -32,6 +32,8 @@ pub struct Daemon {
     transport: Transport,
     /// Where it looks for sensors, if not at the machine's own.
     sysfs_root: Option<PathBuf>,
+    /// The file of its clock, if that is not the machine's.
+    clock: Option<PathBuf>,
     process: Option<Child>,
 }
 
@@ -43,16 +45,27 @@ impl Daemon {
 
     /// Starts one on a socket, whose sensors are below `root`.
     pub fn governed(root: &Path, config: &str) -> Daemon {
-        Daemon::launch(Transport::Peer, Some(root.to_path_buf()), config)
+        Daemon::launch(Transport::Peer, Some(root.to_path_buf()), None, config)
+    }
+
+    /// The same by the time of a clock file, in UTC.
+    pub fn simulated(root: &Path, clock: &Path, config: &str) -> Daemon {
+        Daemon::launch(Transport::Peer, Some(root.to_path_buf()), Some(clock.to_path_buf()), config)
     }
 
     /// Starts one with this transport.
     pub fn start_on(transport: Transport, config: &str) -> Daemon {
-        Daemon::launch(transport, None, config)
+        Daemon::launch(transport, None, None, config)
     }
 
-    fn launch(transport: Transport, sysfs_root: Option<PathBuf>, config: &str) -> Daemon {
-        let mut daemon = Daemon { home: tempfile::tempdir().unwrap(), transport, sysfs_root, process: None };
+    fn launch(
+        transport: Transport,
+        sysfs_root: Option<PathBuf>,
+        clock: Option<PathBuf>,
+        config: &str,
+    ) -> Daemon {
+        let home = tempfile::tempdir().unwrap();
+        let mut daemon = Daemon { home, transport, sysfs_root, clock, process: None };
         daemon.configure(config);
         daemon.start();
         daemon
@@ -91,6 +104,9 @@ impl Daemon {
         };
         if let Some(root) = &self.sysfs_root {
             command.arg("--sysfs-root").arg(root);
+        }
+        if let Some(clock) = &self.clock {
+            command.arg("--simulated-clock").arg(clock).env("TZ", "UTC");
         }
         self.process = Some(command.spawn().unwrap());
         block_on(async {

@@ -182,7 +182,8 @@ mod tests {
         assert_eq!(run(3000, 0.0, 29), Memory::Starved);
         assert_eq!(run(3000, 0.0, 2), Memory::Ample);
         assert_eq!(run(3000, 0.3, 4), Memory::Short, "pressure alone");
-        assert_eq!(run(3000, f64::NAN, 31), Memory::Ample);
+        assert_eq!(run(3000, f64::NAN, 31), Memory::Short, "silence ends no pause");
+        assert_eq!(run(3000, 0.0, 31), Memory::Ample);
         assert_eq!(run(400, 0.0, 4), Memory::Starved, "far below");
     }
 
@@ -200,13 +201,15 @@ mod tests {
         };
         assert_eq!(run(alarm(1.0, 0.0), 1), 0.8);
         assert_eq!(run(alarm(0.0, 0.0), 590), 0.8);
-        assert!((0.82..0.9).contains(&run(None, 60)));
-        assert_eq!(run(None, 600), 1.0);
+        assert_eq!(run(None, 60), 0.8, "counters that cannot be read are no quiet");
+        let quiet = alarm(0.0, 0.0);
+        assert!((0.8..0.9).contains(&run(quiet, 60)));
+        assert_eq!(run(quiet, 600), 1.0);
         assert_eq!(run(alarm(1.0, 0.0), 60), 0.0, "a supply that goes on failing ends computing");
-        assert!((LOWEST..0.22).contains(&run(None, 601)));
-        run(None, 3000);
+        assert!((LOWEST..0.22).contains(&run(quiet, 601)));
+        run(quiet, 3000);
         assert_eq!(run(alarm(0.0, 7.6), 3600), 1.0, "what was seen to be harmless");
-        run(None, 3600);
+        run(quiet, 3600);
         let ceiling = run(alarm(0.0, 20.0), 200);
         assert!((0.5..0.9).contains(&ceiling), "{ceiling}");
         assert_eq!(run(alarm(f64::NAN, f64::NAN), 1), ceiling);
