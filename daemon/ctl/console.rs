@@ -114,6 +114,11 @@ impl Console {
         Some(Shown { bar, console: self })
     }
 
+    /// Whether standard output takes colours.
+    pub fn colours(&self) -> bool {
+        self.colours
+    }
+
     /// Text in a colour, where standard output takes colours.
     pub fn paint(&self, colour: Colour, text: &str) -> String {
         if self.colours { format!("\x1b[{}m{text}\x1b[0m", colour as u8) } else { text.to_string() }

@@ -2,7 +2,7 @@
 //! user's side of it.
 //!
 //! ```text
-//!   submit, list, watch, records, steer, status, night, budget, inhibit, model, adapter, doctor      the commands
+//!   submit, list, watch, top, records, steer, status, night, budget, inhibit, model, adapter, doctor      the commands
 //!      │             figures   a run as text and as JSON       when   moments       text   layout, escapes
 //!      ▼
 //!   connect ──► bus::{ManagerProxy, RunProxy} ──► the daemon            console   who writes where
@@ -29,6 +29,7 @@ mod status;
 mod steer;
 mod submit;
 mod text;
+mod top;
 mod watch;
 mod when;
 
@@ -156,6 +157,8 @@ begun, else the last one.")]
     /// What training may take, and when: heat, power, energy, hours
     #[command(subcommand)]
     Budget(budget::BudgetCommand),
+    /// Show runs, temperatures, power and queue on a live page
+    Top(top::TopArguments),
     /// Hold all training while a command runs, or until Ctrl-C
     #[command(after_help = "\
 Examples:
@@ -251,6 +254,7 @@ async fn dispatch(command: &Command, context: &Context) -> Result<Code, Failure>
         Command::Status => status::command(context).await,
         Command::Night(arguments) => night::command(arguments, context).await,
         Command::Budget(command) => budget::command(command, context).await,
+        Command::Top(arguments) => top::command(arguments, context).await,
         Command::Inhibit(arguments) => inhibit::command(arguments, context).await,
         Command::Model(command) => model::command(command, context).await,
         Command::Adapter(command) => adapter::command(command, context).await,

@@ -141,19 +141,20 @@ pub fn losses(metrics: OwnedFd) -> Vec<f64> {
 }
 
 /// A file that grows, line by line.
-struct Tail {
+pub struct Tail {
     file: File,
     partial: Vec<u8>,
 }
 
 impl Tail {
-    fn new(file: OwnedFd) -> Tail {
+    /// The file from its beginning.
+    pub fn new(file: OwnedFd) -> Tail {
         Tail { file: File::from(std::os::fd::OwnedFd::from(file)), partial: Vec::new() }
     }
 
     /// The lines that were completed since the last time. `last`: nothing more will come, so a line without its end is
     /// a line, too.
-    fn lines(&mut self, last: bool) -> io::Result<Vec<String>> {
+    pub fn lines(&mut self, last: bool) -> io::Result<Vec<String>> {
         let mut lines = Vec::new();
         let mut buffer = vec![0; 64 * 1024];
         loop {

@@ -24,7 +24,8 @@ pub enum Order {
 }
 
 impl Order {
-    fn method(self) -> &'static str {
+    /// The method of a run that does it.
+    pub fn method(self) -> &'static str {
         match self {
             Order::Pause => "Pause",
             Order::Resume => "Resume",
@@ -33,7 +34,8 @@ impl Order {
         }
     }
 
-    fn word(self) -> &'static str {
+    /// In a word.
+    pub fn word(self) -> &'static str {
         match self {
             Order::Pause => "pause",
             Order::Resume => "resume",
