@@ -12,7 +12,7 @@
 //! ```
 
 use super::ascii;
-use super::model::{Data, Machine, Model, Over};
+use super::model::{Data, Machine, Model, Over, Rail, Zone};
 use super::series::Series;
 use crate::ctl::figures::{Figures, meaning, some, time};
 use crate::ctl::text;
@@ -118,9 +118,14 @@ fn wide(frame: &mut Frame, body: Rect, model: &Model, machine: &Machine) {
     queue_panel(frame, queue, model);
     let lines = machine_lines(data, machine);
     let machine_height = (lines.len() as u16 + 2).min(right.height / 2);
-    let [heat, power, machine_area] =
-        Layout::vertical([Constraint::Fill(3), Constraint::Fill(2), Constraint::Length(machine_height)])
-            .areas(right);
+    // What the rest is shared by: rows, a history, a frame.
+    let need = |rows: usize| Constraint::Fill(rows as u16 + 6);
+    let [heat, power, machine_area] = Layout::vertical([
+        need(machine.zones.len()),
+        need(machine.rails.len()),
+        Constraint::Length(machine_height),
+    ])
+    .areas(right);
     heat_panel(frame, heat, data, machine);
     power_panel(frame, power, data, machine);
     let text: Vec<Line> = lines.into_iter().map(Fact::line).collect();
@@ -169,12 +174,26 @@ fn head(frame: &mut Frame, area: Rect, model: &Model) {
         let machine = data.machine.as_ref();
         let board = machine.map(|machine| machine.board.as_str());
         let mode = machine.map(|machine| machine.mode.as_str());
-        for part in [board, mode, Some(data.device.as_str())].into_iter().flatten().filter_map(some) {
-            spans.push(Span::raw(format!("  {}", text::printable(part))));
-        }
+        let parts = [board, mode, Some(data.device.as_str())].into_iter().flatten().filter_map(some);
+        let used: usize = spans.iter().map(Span::width).sum();
+        let parts = fitting(parts.map(text::printable), usize::from(left.width).saturating_sub(used + 2));
+        spans.push(Span::raw(format!("  {parts}")));
     }
     frame.render_widget(Line::from(spans), left);
     frame.render_widget(Line::from(clock).alignment(Alignment::Right), right);
+}
+
+/// The parts, two spaces apart, up to the first one that has no room.
+fn fitting(parts: impl IntoIterator<Item = String>, width: usize) -> String {
+    let mut line = String::new();
+    for part in parts {
+        let next = if line.is_empty() { part } else { format!("{line}  {part}") };
+        if Span::raw(next.as_str()).width() > width {
+            break;
+        }
+        line = next;
+    }
+    line
 }
 
 fn foot(frame: &mut Frame, area: Rect, model: &Model) {
@@ -183,13 +202,14 @@ fn foot(frame: &mut Frame, area: Rect, model: &Model) {
         let style = Style::new().add_modifier(Modifier::REVERSED);
         return frame.render_widget(Line::styled(question, style), area);
     }
-    if let Some(message) = model.message() {
-        return frame.render_widget(Line::styled(text::printable(message), WATCH), area);
-    }
     let mut spans = Vec::new();
     if model.is_frozen() {
         spans.push(Span::styled(" frozen ", Style::new().add_modifier(Modifier::REVERSED)));
         spans.push(Span::raw("  "));
+    }
+    if let Some(message) = model.message() {
+        spans.push(Span::styled(text::printable(message), WATCH));
+        return frame.render_widget(Line::from(spans), area);
     }
     for (key, word, _) in KEYS.iter().filter(|(_, word, _)| !word.is_empty()) {
         spans.push(Span::styled(*key, TITLE));
@@ -251,7 +271,7 @@ fn progress_line(run: &Figures, width: u16) -> Line<'static> {
     Line::from(spans)
 }
 
-fn figures_line(run: &Figures) -> Line<'static> {
+fn figures_line(run: &Figures, width: u16) -> Line<'static> {
     let mut parts = Vec::new();
     parts.extend(run.loss.map(|loss| format!("loss {loss:.4}")));
     parts.extend(run.eval_loss.map(|loss| format!("eval {loss:.4}")));
@@ -262,7 +282,7 @@ fn figures_line(run: &Figures) -> Line<'static> {
     parts.extend((run.epoch > 0.0).then(|| format!("epoch {:.2}", run.epoch)));
     parts.extend(run.checkpoint_step.map(|step| format!("checkpoint {step}")));
     parts.extend((run.attempts > 1).then(|| format!("attempt {}", run.attempts)));
-    Line::from(parts.join("  "))
+    Line::from(fitting(parts, width.into()))
 }
 
 const NO_RUN: &str = "no run; submit one with: finetunectl submit SPEC";
@@ -274,7 +294,7 @@ fn run_lines(frame: &mut Frame, area: Rect, model: &Model) {
     };
     let mut first = vec![Span::styled(format!("{}  ", run.title()), TITLE)];
     first.extend(state_line(run).spans);
-    let lines = vec![Line::from(first), progress_line(run, area.width), figures_line(run)];
+    let lines = vec![Line::from(first), progress_line(run, area.width), figures_line(run, area.width)];
     frame.render_widget(Paragraph::new(lines), area);
 }
 
@@ -286,7 +306,7 @@ fn run_panel(frame: &mut Frame, area: Rect, model: &Model) {
     let title = Line::from(vec![Span::raw(" Run "), Span::styled(format!("{} ", run.title()), TITLE)]);
     let inner = framed(frame, area, title);
     let [lines, curve] = Layout::vertical([Constraint::Length(3), Constraint::Fill(1)]).areas(inner);
-    let text = vec![state_line(run), progress_line(run, inner.width), figures_line(run)];
+    let text = vec![state_line(run), progress_line(run, inner.width), figures_line(run, inner.width)];
     frame.render_widget(Paragraph::new(text), lines);
     loss_curve(frame, curve, model.data(), run);
 }
@@ -394,14 +414,11 @@ fn heat_panel(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) {
         return frame.render_widget(Line::styled(why, WATCH), inner);
     }
     let (rows, below) = split_history(inner, machine.zones.len());
-    let mut zones: Vec<_> = machine.zones.iter().collect();
-    // Nearest to its set-point first; those without one, and those that are silent, last.
-    let room =
-        |zone: &super::model::Zone| zone.now.zip(zone.set).map_or(f64::INFINITY, |(now, set)| set - now);
-    zones.sort_by(|a, b| room(a).total_cmp(&room(b)));
+    let zones = chosen(&machine.zones, rows.height.into());
     let names = zones.iter().map(|zone| text::printable(&zone.name).chars().count()).max().unwrap_or(0);
     let names = names.min(16).min(rows.width as usize / 3);
-    let lines = more(&zones, rows.height, |zone| {
+    let left_out = machine.zones.len() - zones.len();
+    let lines = more(&zones, left_out, |zone| {
         let name = text::shorten(&text::printable(&zone.name), names);
         let mut spans = vec![Span::raw(format!("{name:names$} "))];
         let Some(now) = zone.now else {
@@ -423,6 +440,19 @@ fn heat_panel(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) {
     history(frame, below, &data.temperatures, (COLD, set * ABOVE), CURVE);
 }
 
+/// As many zones as there is room for, with a row for how many are left out: those nearest to their set-points. They stand
+/// as the kernel has them, the chip as a whole first, so that they do not change places with every tenth of a degree.
+fn chosen(zones: &[Zone], rows: usize) -> Vec<&Zone> {
+    let mut order: Vec<usize> = (0..zones.len()).collect();
+    if zones.len() > rows {
+        let room = |i: &usize| zones[*i].now.zip(zones[*i].set).map_or(f64::INFINITY, |(now, set)| set - now);
+        order.sort_by(|a, b| room(a).total_cmp(&room(b)));
+        order.truncate(rows.saturating_sub(1));
+    }
+    order.sort_by_key(|i| (!zones[*i].junction, *i));
+    order.into_iter().map(|i| &zones[i]).collect()
+}
+
 fn power_panel(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) {
     let mut title = vec![Span::raw(" Power ")];
     if let Some(power) = machine.power {
@@ -440,9 +470,13 @@ fn power_panel(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) {
     let names =
         machine.rails.iter().map(|rail| text::printable(&rail.name).chars().count()).max().unwrap_or(0);
     let names = names.min(16).min(rows.width as usize / 3);
-    let mut rails: Vec<_> = machine.rails.iter().collect();
+    let mut rails: Vec<&Rail> = machine.rails.iter().collect();
     rails.sort_by_key(|rail| !rail.counted);
-    let lines = more(&rails, rows.height, |rail| {
+    if rails.len() > rows.height.into() {
+        rails.truncate(usize::from(rows.height).saturating_sub(1));
+    }
+    let left_out = machine.rails.len() - rails.len();
+    let lines = more(&rails, left_out, |rail| {
         let name = text::shorten(&text::printable(&rail.name), names);
         // What is not counted is part of what is, or beside it.
         let style = if rail.counted { Style::new() } else { FAINT };
@@ -461,23 +495,19 @@ fn power_panel(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) {
     history(frame, below, &data.powers, (0.0, high), POWER);
 }
 
-/// Room for so many rows, and what is left for their history: two rows at least, where there are any.
+/// Room for so many rows, and what is left for their history: two rows at least, where there are five.
 fn split_history(area: Rect, rows: usize) -> (Rect, Rect) {
-    let rows = (rows as u16).min(area.height.saturating_sub(2)).max(area.height.min(3));
-    let left = area.height.saturating_sub(rows).min(4);
+    let left = area.height.saturating_sub(rows as u16).max(if area.height >= 5 { 2 } else { 0 });
     let [above, below] = Layout::vertical([Constraint::Fill(1), Constraint::Length(left)]).areas(area);
     (above, below)
 }
 
-/// As many lines as there is room for, the last one telling how many are left out.
-fn more<T>(items: &[T], height: u16, line: impl Fn(&T) -> Line<'static>) -> Vec<Line<'static>> {
-    let height = usize::from(height);
-    if items.len() <= height {
-        return items.iter().map(line).collect();
+/// A line each, and how many are left out.
+fn more<T>(items: &[T], left_out: usize, line: impl Fn(&T) -> Line<'static>) -> Vec<Line<'static>> {
+    let mut lines: Vec<Line> = items.iter().map(line).collect();
+    if left_out > 0 {
+        lines.push(Line::styled(format!("and {left_out} more"), FAINT));
     }
-    let shown = height.saturating_sub(1);
-    let mut lines: Vec<Line> = items[..shown].iter().map(line).collect();
-    lines.push(Line::styled(format!("and {} more", items.len() - shown), FAINT));
     lines
 }
 
@@ -524,13 +554,14 @@ fn machine_lines(data: &Data, machine: &Machine) -> Vec<Fact> {
     };
     let level = some(&machine.level).map(|level| format!(", {level}")).unwrap_or_default();
     fact("duty", format!("{}{level}", machine.pace()), style);
+    fact("why", meaning(&machine.reason).unwrap_or_default().into(), style);
     let night = machine.night.map(|night| match machine.quota {
         Some(quota) => format!("{night:.1} Wh of {quota:.0}"),
         None => format!("{night:.1} Wh"),
     });
     let spent = machine.night.zip(machine.quota).is_some_and(|(night, quota)| night >= quota);
     fact("night", night.unwrap_or_default(), if spent { WATCH } else { Style::new() });
-    let pressed = machine.memory_pressure.filter(|pressure| *pressure >= 0.005);
+    let pressed = machine.memory_pressure.filter(|pressure| *pressure >= 0.01);
     let memory = machine.memory.map(|memory| match pressed {
         Some(pressure) => format!("{} free, pressure {}", Bytes(memory), share(pressure)),
         None => format!("{} free", Bytes(memory)),
@@ -589,7 +620,7 @@ fn machine_strip(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) 
     let known = machine_lines(data, machine);
     // What is not well goes before what is.
     let (alarms, rest): (Vec<Fact>, Vec<Fact>) =
-        known.into_iter().partition(|fact| matches!(fact.label, "duty" | "alarms" | "held by"));
+        known.into_iter().partition(|fact| matches!(fact.label, "duty" | "why" | "alarms" | "held by"));
     let facts = alarms.into_iter().chain(facts).chain(rest);
     let mut lines = vec![Line::default()];
     for fact in facts {
@@ -627,9 +658,11 @@ fn queue_rows(frame: &mut Frame, area: Rect, model: &Model) {
         return;
     }
     let digits = text::digits(data.runs.iter().map(|run| run.id.as_str())).min(12);
-    let names = if area.width >= 70 { 20 } else { 10 };
+    let roomy = area.width >= 100;
+    let names = if roomy { 20 } else { 12 };
     let row = |mark: &str, id: &str, name: &str, done: &str, steps: &str, loss: &str| {
-        format!("{mark} {id:digits$}  {name:names$}  {done:>5}  {steps:>11}  {loss:>7}  ")
+        let steps = if roomy { format!("  {steps:>11}") } else { String::new() };
+        format!("{mark} {id:digits$}  {name:names$}  {done:>5}{steps}  {loss:>7}  ")
     };
     let title = row(" ", "ID", "NAME", "DONE", "STEP", "LOSS") + "STATE";
     let mut lines = vec![Line::styled(title, FAINT)];

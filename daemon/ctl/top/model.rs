@@ -30,6 +30,8 @@ const MESSAGE: Duration = Duration::from_secs(8);
 pub struct Zone {
     /// Type as the kernel names it.
     pub name: String,
+    /// It stands for the whole chip.
+    pub junction: bool,
     /// °C.
     pub now: Option<f64>,
     /// What is held in it, °C.
@@ -118,7 +120,8 @@ impl Machine {
     /// From the governor's properties and readings. A daemon that tells less leaves more open.
     pub fn new(properties: &Dictionary, readings: &Dictionary) -> Machine {
         let finite = |value: f64| value.is_finite().then_some(value);
-        let zone = |(name, _role, now, set): (String, String, f64, f64)| Zone {
+        let zone = |(name, role, now, set): (String, String, f64, f64)| Zone {
+            junction: role == "junction",
             name,
             now: finite(now),
             set: finite(set),
