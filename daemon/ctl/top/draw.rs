@@ -37,6 +37,8 @@ const SMALLEST: (u16, u16) = (24, 5);
 /// Temperature at which a bar begins, °C, and what of it lies above the set-point.
 const COLD: f64 = 20.0;
 const ABOVE: f64 = 1.1;
+/// Rows of a history where there is room.
+const HISTORY: u16 = 6;
 /// So near its set-point a temperature is worth a look, °C.
 const NEAR: f64 = 5.0;
 
@@ -118,14 +120,15 @@ fn wide(frame: &mut Frame, body: Rect, model: &Model, machine: &Machine) {
     queue_panel(frame, queue, model);
     let lines = machine_lines(data, machine);
     let machine_height = (lines.len() as u16 + 2).min(right.height / 2);
-    // What the rest is shared by: rows, a history, a frame.
-    let need = |rows: usize| Constraint::Fill(rows as u16 + 6);
-    let [heat, power, machine_area] = Layout::vertical([
-        need(machine.zones.len()),
-        need(machine.rails.len()),
-        Constraint::Length(machine_height),
-    ])
-    .areas(right);
+    // Rows, a history, a frame.
+    let [zones, rails] =
+        [machine.zones.len(), machine.rails.len()].map(|rows| rows.min(100) as u16 + HISTORY + 2);
+    let ample = zones + rails + machine_height <= right.height;
+    let rows = match ample {
+        true => [Constraint::Length(zones), Constraint::Length(rails), Constraint::Fill(1)],
+        false => [Constraint::Fill(zones), Constraint::Fill(rails), Constraint::Length(machine_height)],
+    };
+    let [heat, power, machine_area] = Layout::vertical(rows).areas(right);
     heat_panel(frame, heat, data, machine);
     power_panel(frame, power, data, machine);
     let text: Vec<Line> = lines.into_iter().map(Fact::line).collect();
