@@ -391,3 +391,47 @@ fn the_night_says_what_every_second_was_used_for() {
     assert!((2.0..25.0).contains(&off), "off for {off} s");
     assert_eq!(after["damaged"], 0);
 }
+
+/// A notebook that discharges says how fast: the meter of a machine without rails.
+#[test]
+fn a_run_tells_what_it_took() {
+    const WATTS: f64 = 12.5;
+    let machine = Machine::new();
+    let battery = machine.path().join("sys/class/power_supply/BAT0");
+    std::fs::create_dir_all(&battery).unwrap();
+    for (file, text) in
+        [("type", "Battery"), ("capacity", "83"), ("status", "Discharging"), ("power_now", "12500000")]
+    {
+        std::fs::write(battery.join(file), format!("{text}\n")).unwrap();
+    }
+    let daemon = Daemon::governed(machine.path(), "");
+    block_on(async {
+        let manager = daemon.manager().await;
+        let endless = ["train.max_steps=100000", "train.checkpoint_every=0", "train.evaluate_every=0"];
+        let path = submit(&manager, shared(), &endless, HashMap::new()).await.unwrap();
+        let run = daemon.run(&manager, &path).await;
+        assert!(run.energy().await.unwrap().is_nan(), "nothing before it has begun");
+        reaches(&run, &["running"]).await;
+        eventually("some energy", || async { (run.energy().await.unwrap() > 0.0).then_some(()) }).await;
+        let (began, before) = (Instant::now(), run.energy().await.unwrap());
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        let took = run.energy().await.unwrap() - before;
+        let expected = WATTS * began.elapsed().as_secs_f64();
+        println!("{took:.1} J within {:.2} s at {WATTS} W", began.elapsed().as_secs_f64());
+        // Told once a second, of rounds that come every half second.
+        assert!((took - expected).abs() < WATTS * 1.8, "{took} J, not {expected}");
+        assert!(run.joules_per_token().await.unwrap() > 0.0);
+        eventually("a step's energy", || async {
+            run.step_energy().await.unwrap().is_finite().then_some(())
+        })
+        .await;
+        run.cancel(HashMap::new()).await.unwrap();
+        run.wait().await.unwrap();
+        eventually("the last of it", || async {
+            let energy = run.energy().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            (run.energy().await.unwrap() == energy).then_some(())
+        })
+        .await;
+    });
+}
