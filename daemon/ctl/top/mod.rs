@@ -136,7 +136,9 @@ async fn once(context: &Context, mut model: Model) -> Result<Code, Failure> {
         }
     }
     model.look.colours = false;
-    let (width, height) = size(ratatui::crossterm::terminal::size().ok(), |name| std::env::var(name).ok());
+    let shown = std::io::stdout().is_terminal();
+    let shown = shown.then(|| ratatui::crossterm::terminal::size().ok()).flatten();
+    let (width, height) = size(shown, |name| std::env::var(name).ok());
     context.console.result(&draw::text_of(&model, width, height))?;
     Ok(Exit::Done.into())
 }

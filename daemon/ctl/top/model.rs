@@ -22,6 +22,9 @@ use zbus::OwnedVariant;
 /// Runs that are over and shown.
 const OVER: usize = 5;
 
+/// Steps and losses beyond this are nonsense, and would leave nothing to see of the rest.
+const LARGEST: f64 = 1e9;
+
 /// How long a message stays.
 const MESSAGE: Duration = Duration::from_secs(8);
 
@@ -483,11 +486,12 @@ impl Model {
 impl Curve {
     fn take(&mut self, record: &Value) {
         let number = |key: &str| record.get(key).and_then(Value::as_f64);
-        let Some(step) = number("step") else { return };
-        if let Some(loss) = number("loss") {
+        let Some(step) = number("step").filter(|step| (0.0..LARGEST).contains(step)) else { return };
+        let loss = |key| number(key).filter(|loss| loss.abs() < LARGEST);
+        if let Some(loss) = loss("loss") {
             self.train.push(step, loss);
         }
-        if let Some(loss) = number("eval_loss") {
+        if let Some(loss) = loss("eval_loss") {
             self.eval.push(step, loss);
         }
     }

@@ -147,6 +147,12 @@ fn the_page_at_several_sizes() {
     for (width, height) in [(60, 16), (80, 24), (120, 40), (200, 60)] {
         same_as(&format!("{width}x{height}.txt"), &text_of(&model(), width, height));
     }
+    // What the documents show is what is drawn.
+    let page = include_str!("../../../docs/finetunectl.md");
+    assert!(
+        page.contains(&text_of(&model(), 80, 24)),
+        "docs/finetunectl.md shows another page than frames/80x24.txt"
+    );
     let mut ascii = model();
     ascii.look.ascii = true;
     let text = text_of(&ascii, 80, 24);
