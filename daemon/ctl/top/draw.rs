@@ -621,10 +621,15 @@ fn machine_strip(frame: &mut Frame, area: Rect, data: &Data, machine: &Machine) 
         facts.push(Fact { label: "power", text, style: POWER });
     }
     let known = machine_lines(data, machine);
-    // What is not well goes before what is.
-    let (alarms, rest): (Vec<Fact>, Vec<Fact>) =
-        known.into_iter().partition(|fact| matches!(fact.label, "duty" | "why" | "alarms" | "held by"));
-    let facts = alarms.into_iter().chain(facts).chain(rest);
+    // What is not well goes before what is; the reason's meaning comes where there is room.
+    let rank = |fact: &Fact| match fact.label {
+        "duty" | "alarms" | "held by" => 0,
+        "heat" | "power" => 1,
+        "why" => 3,
+        _ => 2,
+    };
+    facts.extend(known);
+    facts.sort_by_key(rank);
     let mut lines = vec![Line::default()];
     for fact in facts {
         let spans = [
