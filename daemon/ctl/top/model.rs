@@ -461,7 +461,7 @@ impl Model {
             Key::Char('p') => return self.order(Order::Pause),
             Key::Char('r') => return self.order(Order::Resume),
             Key::Char('c') => {
-                let Some(run) = self.selected() else { return None };
+                let run = self.selected()?;
                 self.over = Over::Cancel { id: run.id.clone(), title: run.title() };
             }
             Key::Char(_) => {}
