@@ -125,8 +125,10 @@ fn compare(before: Option<&Seen>, now: &Seen, view: &RunView) -> Vec<Told> {
         tell(Level::DEBUG, Some(messages::CHECKPOINT_WRITTEN), text);
     }
     if now.deadline_at_risk && before.is_none_or(|before| !before.deadline_at_risk) {
-        let left = view.remaining_seconds.map_or("an unknown time".into(), |left| format!("{left} s"));
-        let text = format!("run {name:?} will not be done by its deadline: {left} of training are left");
+        let left = view.remaining_seconds;
+        let left = left
+            .map_or("it has yet to show its pace".into(), |left| format!("{left} s of training are left"));
+        let text = format!("run {name:?} will not be done by its deadline: {left}");
         tell(Level::WARN, Some(messages::DEADLINE_AT_RISK), text);
     }
     let moved =

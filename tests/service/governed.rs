@@ -255,6 +255,7 @@ fn a_deadline_that_cannot_be_kept_is_told_once() {
     ctl(&daemon, 2, &["deadline", &id, "2001-01-01 00:00"]);
     ctl(&daemon, 0, &["deadline", &id, "none"]);
     ctl(&daemon, 0, &["cancel", &id]);
+    becomes(&daemon, &path, "cancelled", "user");
     ctl(&daemon, 8, &["deadline", &id, "+1h"]);
 }
 
