@@ -1,0 +1,119 @@
+//! The table of kernels: what a launch has to know about each, and what the compiler may use for it.
+//!
+//! A row is written by hand, and held against the truth twice: the stand-in compares a launch with the parameters of the
+//! kernel it calls, and `tests/cubins.rs` compares the row with the cubins that NVRTC makes for sm_87 and sm_90.
+
+/// An entry of a .cu file.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Name of the entry.
+    pub name: &'static str,
+    /// Its file below `kernels/`.
+    pub file: &'static str,
+    /// Threads of a block, always this many.
+    pub threads: u32,
+    /// Most shared memory that a launch asks for, beside the static.
+    pub dynamic_shared: u32,
+    /// Registers a thread may use, on sm_87 and on sm_90. Spills are never allowed.
+    pub registers: u32,
+    /// Blocks that are meant to fit on an SM of sm_87 at a time; what follows from registers and shared memory must
+    /// not be less.
+    pub blocks: u32,
+}
+
+/// Registers of an SM, in every architecture from sm_80 on (CUDA C++ Programming Guide, "Compute Capabilities").
+const REGISTERS: u32 = 65_536;
+/// Shared memory of an SM of sm_87, 1 KiB a block of which the system keeps.
+const SHARED_SM87: u32 = 164 * 1024;
+/// Threads of an SM of sm_87.
+const THREADS_SM87: u32 = 1536;
+/// Blocks of an SM of sm_87.
+const BLOCKS_SM87: u32 = 16;
+/// A warp's registers are given out in pieces of this size.
+const REGISTER_UNIT: u32 = 256;
+
+impl Kernel {
+    /// Blocks of this kernel that fit on an SM of sm_87, with that many registers a thread and that much static shared
+    /// memory.
+    pub fn occupancy_sm87(&self, registers: u32, static_shared: u32) -> u32 {
+        let warps = self.threads.div_ceil(32);
+        let a_warp = (registers.max(1) * 32).next_multiple_of(REGISTER_UNIT);
+        let by_registers = REGISTERS / (a_warp * warps);
+        let by_shared = SHARED_SM87 / (static_shared + self.dynamic_shared + 1024).next_multiple_of(128);
+        by_registers.min(by_shared).min(THREADS_SM87 / self.threads).min(BLOCKS_SM87)
+    }
+}
+
+macro_rules! kernels {
+    ($($file:literal { $($name:ident $threads:literal threads, $shared:literal shared, $registers:literal registers, $blocks:literal blocks;)* })*) => {
+        $($(
+            #[doc = concat!("`", stringify!($name), "` of `", $file, "`.")]
+            #[allow(non_upper_case_globals)]
+            pub static $name: Kernel = Kernel {
+                name: stringify!($name),
+                file: $file,
+                threads: $threads,
+                dynamic_shared: $shared,
+                registers: $registers,
+                blocks: $blocks,
+            };
+        )*)*
+
+        /// All kernels.
+        pub static ALL: &[&Kernel] = &[$($(&$name),*),*];
+    };
+}
+
+kernels! {
+    "elementwise.cu" {
+        add_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
+        scale_f32 256 threads, 0 shared, 40 registers, 6 blocks;
+        cast_to_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
+        cast_to_f32 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "rms_norm.cu" {
+        rms_norm_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_1 256 threads, 0 shared, 64 registers, 4 blocks;
+        rms_norm_residual_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_residual_1 256 threads, 0 shared, 64 registers, 4 blocks;
+        rms_norm_backward_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_backward_1 256 threads, 0 shared, 64 registers, 4 blocks;
+        rms_norm_backward_add_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_backward_add_1 256 threads, 0 shared, 64 registers, 4 blocks;
+    }
+}
+
+/// The kernel of that name.
+pub fn find(name: &str) -> Option<&'static Kernel> {
+    ALL.iter().find(|kernel| kernel.name == name).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source;
+
+    #[test]
+    fn every_kernel_has_a_file_and_every_file_a_kernel() {
+        for kernel in ALL {
+            assert!(source::file(kernel.file).is_some(), "{}: no file {}", kernel.name, kernel.file);
+            assert!(kernel.threads.is_multiple_of(32) && kernel.threads <= 1024, "{}", kernel.name);
+        }
+        for file in source::FILES {
+            assert!(ALL.iter().any(|kernel| kernel.file == file.name), "{}: no kernel", file.name);
+        }
+    }
+
+    /// 256 threads of 128 registers with 81 KiB: two blocks fill an SM of an Orin exactly.
+    #[test]
+    fn occupancy_is_that_of_the_programming_guide() {
+        let gemm =
+            Kernel { name: "", file: "", threads: 256, dynamic_shared: 81 * 1024, registers: 128, blocks: 2 };
+        assert_eq!(gemm.occupancy_sm87(128, 0), 2);
+        assert_eq!(gemm.occupancy_sm87(129, 0), 1);
+        assert_eq!(gemm.occupancy_sm87(128, 1024), 1);
+        let small = Kernel { dynamic_shared: 0, ..gemm };
+        assert_eq!(small.occupancy_sm87(32, 0), 6);
+        assert_eq!(small.occupancy_sm87(64, 0), 4);
+    }
+}

@@ -1,0 +1,23 @@
+//! The operation table: every operation of `finetuned_cuda::ops` over its shapes, on every device there is, against the
+//! same formula in double precision.
+//!
+//! | column | runs |
+//! |---|---|
+//! | stand-in | always, where there is a C++ compiler; threads and blocks in three orders, which have to give the same bits |
+//! | stand-in, sanitizers | the same once more in a process of its own, under the address and undefined-behaviour sanitizers |
+//! | GPU | where there is one |
+//!
+//! A column that cannot run says so on standard error; `FINETUNED_REQUIRE=simt,sanitizers,gpu` makes that a failure.
+//!
+//! Shapes: one element, sizes that divide nothing, sizes of real models, nothing at all. Outputs hold NaN before the
+//! operation. Tolerance: the error against double precision is at most twice that of the formula computed naively, with
+//! every intermediate result rounded to bf16; where one rounding is all that may happen, the bits are compared.
+
+#[path = "operations/elementwise.rs"]
+mod elementwise;
+#[path = "operations/harness.rs"]
+mod harness;
+#[path = "operations/rms_norm.rs"]
+mod rms_norm;
+#[path = "operations/simt.rs"]
+mod simt;
