@@ -18,16 +18,18 @@ macro_rules! sources {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] = sources!["device.cuh" "ptx.cuh" "reduce.cuh" "vector.cuh"];
+pub const HEADERS: &[Source] = sources!["device.cuh" "nf4.cuh" "ptx.cuh" "reduce.cuh" "vector.cuh"];
 
 /// One operation a file. A test compares both lists with the directory.
-pub const FILES: &[Source] = sources!["elementwise.cu" "rms_norm.cu"];
+pub const FILES: &[Source] = sources![
+    "adamw.cu" "cross_entropy.cu" "elementwise.cu" "nf4.cu" "rms_norm.cu" "rope.cu" "rows.cu" "swiglu.cu"
+];
 
 /// Options that decide what the compiler makes of the text, besides the architecture.
 ///
-/// `--default-device`: lambdas need no annotation. `--fmad=false`: a product and a sum are contracted where the source says `fmaf`, and nowhere else, so that the
+/// `-default-device`: lambdas need no annotation. `--fmad=false`: a product and a sum are contracted where the source says `fmaf`, and nowhere else, so that the
 /// stand-in and the CPU backend round where the GPU does.
-pub const OPTIONS: &[&str] = &["--std=c++17", "--fmad=false", "--default-device"];
+pub const OPTIONS: &[&str] = &["--std=c++17", "--fmad=false", "-default-device"];
 
 /// The file of that name.
 pub fn file(name: &str) -> Option<&'static Source> {

@@ -42,7 +42,7 @@ pub fn cast_to_f32(len: usize, x: &Buffer<bf16>, y: &mut Buffer<f32>) -> Result<
 }
 
 /// Launches a kernel whose parameters are the output, `more`, and the number of elements, of which a thread takes `run`.
-fn flat<T: Element>(
+pub(super) fn flat<T: Element>(
     operation: Operation,
     kernel: &'static Kernel,
     run: usize,

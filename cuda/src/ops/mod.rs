@@ -3,8 +3,14 @@
 //! A function checks every length against the shape, chooses kernel, tile and grid, and launches. An empty shape is
 //! nothing to do. `M` is the number of tokens; a buffer may be longer than its shape and is used from the front.
 
+pub mod adamw;
+pub mod cross_entropy;
 pub mod elementwise;
+pub mod nf4;
 pub mod rms_norm;
+pub mod rope;
+pub mod rows;
+pub mod swiglu;
 
 use crate::error::Error;
 use crate::memory::{Buffer, Element};
