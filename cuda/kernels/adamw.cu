@@ -21,6 +21,7 @@
 
 constexpr u32 PARTIALS = 256;
 constexpr u32 RUN = 4;
+static_assert(PARTIALS == FLAT_THREADS, "each thread of a block takes one partial sum");
 
 extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
     square_sum(global<double> partial, global<const float> x, u64 count, u64 chunk) {

@@ -37,13 +37,12 @@ __device__ __forceinline__ void rotate(global<bf16> q, global<bf16> k, global<co
     store_run(x + half, b);
 }
 
-#define ROPE(name, N)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(FLAT_THREADS)                                                   \
-        name(global<bf16> q, global<bf16> k, global<const u32> positions, global<const float> cos,               \
-             global<const float> sin, u32 tokens, u32 heads, u32 kv_heads, u32 half, u32 longest,                \
-             float direction) {                                                                                  \
-        rotate<N>(q, k, positions, cos, sin, tokens, heads, kv_heads, half, direction);                 \
-    }                                                                                                            \
+#define ROPE(name, N)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(FLAT_THREADS)                                             \
+        name(global<bf16> q, global<bf16> k, global<const u32> positions, global<const float> cos,         \
+             global<const float> sin, u32 tokens, u32 heads, u32 kv_heads, u32 half, float direction) {    \
+        rotate<N>(q, k, positions, cos, sin, tokens, heads, kv_heads, half, direction);                    \
+    }                                                                                                      \
     ENTRY(name)
 ROPE(rope_8, 8)
 ROPE(rope_1, 1)

@@ -79,7 +79,7 @@ impl Compiler {
             match unsafe { Library::new(candidate) } {
                 Ok(library) => return Self::bind(library, candidate.into()),
                 // The first failure is that of the file which was asked for, or of the likeliest name.
-                Err(error) if cause.is_empty() => cause = error.to_string(),
+                Err(error) if cause.is_empty() => cause = words(&error),
                 Err(_) => {}
             }
         }
@@ -156,6 +156,11 @@ impl Compiler {
         }
         program.cubin().map_err(|code| failed(code, String::new()))
     }
+}
+
+/// What the dynamic loader said, which libloading keeps as the source of its error.
+fn words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
 }
 
 /// A text with its terminating zero. Ours have no zero inside (a test looks).

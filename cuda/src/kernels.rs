@@ -65,21 +65,50 @@ macro_rules! kernels {
 }
 
 kernels! {
+    "adamw.cu" {
+        square_sum 256 threads, 0 shared, 40 registers, 6 blocks;
+        adamw 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "cross_entropy.cu" {
+        cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
+        cross_entropy_gradient 512 threads, 0 shared, 40 registers, 3 blocks;
+    }
     "elementwise.cu" {
         add_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
         scale_f32 256 threads, 0 shared, 40 registers, 6 blocks;
         cast_to_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
         cast_to_f32 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "nf4.cu" {
+        nf4_dequantize 256 threads, 0 shared, 40 registers, 6 blocks;
+        nf4_quantize_f32 256 threads, 0 shared, 40 registers, 6 blocks;
+        nf4_quantize_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
+        absmax_mean 32 threads, 0 shared, 64 registers, 16 blocks;
+        absmax_nest 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
     "rms_norm.cu" {
-        rms_norm_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_8 256 threads, 0 shared, 64 registers, 4 blocks;
         rms_norm_1 256 threads, 0 shared, 64 registers, 4 blocks;
-        rms_norm_residual_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_residual_8 256 threads, 0 shared, 64 registers, 4 blocks;
         rms_norm_residual_1 256 threads, 0 shared, 64 registers, 4 blocks;
-        rms_norm_backward_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_backward_8 256 threads, 0 shared, 80 registers, 3 blocks;
         rms_norm_backward_1 256 threads, 0 shared, 64 registers, 4 blocks;
-        rms_norm_backward_add_8 256 threads, 0 shared, 128 registers, 2 blocks;
+        rms_norm_backward_add_8 256 threads, 0 shared, 80 registers, 3 blocks;
         rms_norm_backward_add_1 256 threads, 0 shared, 64 registers, 4 blocks;
+    }
+    "rope.cu" {
+        rope_8 256 threads, 0 shared, 40 registers, 6 blocks;
+        rope_1 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "rows.cu" {
+        gather_rows_8 256 threads, 0 shared, 40 registers, 6 blocks;
+        gather_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
+        scatter_rows_8 256 threads, 0 shared, 40 registers, 6 blocks;
+        scatter_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "swiglu.cu" {
+        swiglu 256 threads, 0 shared, 40 registers, 6 blocks;
+        swiglu_backward 256 threads, 0 shared, 40 registers, 6 blocks;
     }
 }
 

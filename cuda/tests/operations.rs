@@ -13,11 +13,25 @@
 //! operation. Tolerance: the error against double precision is at most twice that of the formula computed naively, with
 //! every intermediate result rounded to bf16; where one rounding is all that may happen, the bits are compared.
 
+#[path = "operations/adamw.rs"]
+mod adamw;
+#[path = "operations/cross_entropy.rs"]
+mod cross_entropy;
 #[path = "operations/elementwise.rs"]
 mod elementwise;
 #[path = "operations/harness.rs"]
 mod harness;
+#[path = "operations/nf4.rs"]
+mod nf4;
 #[path = "operations/rms_norm.rs"]
 mod rms_norm;
+#[path = "operations/rope.rs"]
+mod rope;
+#[path = "operations/rows.rs"]
+mod rows;
+#[path = "operations/sanitizers.rs"]
+mod sanitizers;
 #[path = "operations/simt.rs"]
 mod simt;
+#[path = "operations/swiglu.rs"]
+mod swiglu;

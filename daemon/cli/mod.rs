@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
-//!   run, plan, generate, demo, data, spec, config, sensors      the commands
+//!   run, plan, generate, demo, data, spec, config, sensors, kernels      the commands
 //!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   speed       the record of speed
@@ -18,6 +18,7 @@ mod demo;
 mod exit;
 mod generate;
 mod interrupt;
+mod kernels;
 mod plan;
 mod progress;
 mod run;
@@ -99,6 +100,9 @@ Reads files of the kernel only, starts no program and needs no rights.")]
 Example:
   finetuned record-sensors --output night.csv --interval 1s --duration 8h")]
     RecordSensors(sensors::RecordArguments),
+    /// Compile the CUDA kernels, and look at them
+    #[command(subcommand)]
+    Kernels(kernels::KernelsCommand),
     /// Train for the daemon at standard input
     #[command(hide = true)]
     Worker(worker::WorkerArguments),
@@ -140,6 +144,7 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Config(command) => config::command(command),
         Command::Sensors(arguments) => sensors::show(arguments),
         Command::RecordSensors(arguments) => sensors::record(arguments),
+        Command::Kernels(command) => kernels::command(command),
         Command::Worker(arguments) => worker::command(arguments),
     }
 }

@@ -79,8 +79,7 @@ pub fn square_sum(len: usize, x: &Buffer<f32>, partial: &mut Buffer<f64>) -> Res
     if parts == 0 {
         return Ok(0);
     }
-    let arguments =
-        [partial.output(), x.input(), Argument::U64(len as u64), Argument::U64(chunk as u64)];
+    let arguments = [partial.output(), x.input(), Argument::U64(len as u64), Argument::U64(chunk as u64)];
     let grid = [operation.blocks(parts, 1)?, 1, 1];
     let kernel = &kernels::square_sum;
     x.device().launch(&Launch { kernel, grid, shared: 0, arguments: &arguments, within: &[] })?;
@@ -135,5 +134,11 @@ pub fn adamw(
         Argument::U64(len as u64),
     ];
     let grid = [operation.blocks(len, BLOCK)?, 1, 1];
-    gradient.device().launch(&Launch { kernel: &kernels::adamw, grid, shared: 0, arguments: &arguments, within: &[] })
+    gradient.device().launch(&Launch {
+        kernel: &kernels::adamw,
+        grid,
+        shared: 0,
+        arguments: &arguments,
+        within: &[],
+    })
 }

@@ -23,7 +23,12 @@ pub struct Angles {
 impl Angles {
     /// The angle is the product of position and frequency in f32, as transformers has it; its sine and cosine come from
     /// double precision and are multiplied by `magnitude` in f32. There are `head_dim / 2` frequencies.
-    pub fn new(device: &Device, longest: usize, frequencies: &[f32], magnitude: f32) -> Result<Angles, Error> {
+    pub fn new(
+        device: &Device,
+        longest: usize,
+        frequencies: &[f32],
+        magnitude: f32,
+    ) -> Result<Angles, Error> {
         let operation = Operation("rope");
         operation.product(&[longest, frequencies.len()])?;
         let table = |of: fn(f64) -> f64| {
@@ -67,8 +72,7 @@ pub fn rope(
         None if kv_heads > 0 => return Err(operation.error(format!("{kv_heads} heads of keys and no keys"))),
         None => Argument::Null,
     };
-    let (kernel, run) =
-        if half.is_multiple_of(8) { (&kernels::rope_8, 8) } else { (&kernels::rope_1, 1) };
+    let (kernel, run) = if half.is_multiple_of(8) { (&kernels::rope_8, 8) } else { (&kernels::rope_1, 1) };
     let threads = operation.product(&[tokens, heads + kv_heads, half / run])?;
     if threads == 0 {
         return Ok(());

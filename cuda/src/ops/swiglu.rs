@@ -8,7 +8,12 @@ use crate::memory::Buffer;
 use half::bf16;
 
 /// `out = silu(gate)·up`, `len` elements.
-pub fn swiglu(len: usize, gate: &Buffer<bf16>, up: &Buffer<bf16>, out: &mut Buffer<bf16>) -> Result<(), Error> {
+pub fn swiglu(
+    len: usize,
+    gate: &Buffer<bf16>,
+    up: &Buffer<bf16>,
+    out: &mut Buffer<bf16>,
+) -> Result<(), Error> {
     let operation = Operation("swiglu");
     operation.has("gate", gate, len)?;
     operation.has("up", up, len)?;

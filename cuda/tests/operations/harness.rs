@@ -80,7 +80,7 @@ pub fn everywhere(body: impl Fn(&Device) -> Result<Outputs, Error>, check: impl 
         let device = simt.device();
         let ascending = body(&device).unwrap();
         check("simt", &ascending);
-        for order in [Order::Descending, Order::Shuffled(1), Order::Shuffled(2)] {
+        for order in [Order::Descending, Order::Shuffled(1)] {
             simt.set_order(order);
             let other = body(&device).unwrap();
             for ((name, a), (_, b)) in ascending.iter().zip(&other) {
@@ -163,7 +163,14 @@ pub fn close(what: &str, found: &[f64], oracle: &[f64], naive: &[f64]) {
     assert!(error <= allowed, "{what}: error {error:.3e}, allowed are {allowed:.3e}");
 }
 
-/// That every value is the nearest of its type, or in a case between two its neighbour.
+/// That the error against the oracle is at most twice that of one rounding to bf16: for formulas whose intermediate
+/// results are floats.
+#[track_caller]
+pub fn rounded_once(what: &str, found: &[f64], oracle: &[f64]) {
+    close(what, found, oracle, &oracle.iter().map(|&v| round(v)).collect::<Vec<_>>());
+}
+
+/// That two outputs are the same, bit for bit.
 #[track_caller]
 pub fn same_bits(what: &str, found: &Values, expected: &Values) {
     if found.bytes() != expected.bytes() {
