@@ -168,7 +168,7 @@ mod tests {
         let cubins = Cubins::new(vec!["/nowhere".into()], None, Some("/nowhere/libnvrtc.so".into()));
         let error = cubins.find(&FILES[0], 87).unwrap_err().to_string();
         assert!(
-            error.starts_with("no cubin of elementwise.cu for sm_87 in /nowhere: NVRTC was not found"),
+            error.starts_with("no cubin of adamw.cu for sm_87 in /nowhere: NVRTC was not found"),
             "{error}"
         );
     }

@@ -18,6 +18,7 @@
 //! | [`driver`] | the launcher of a GPU |
 //! | [`memory`] | buffers, and the arena that is planned before it is taken |
 //! | [`device`] | properties of a device, and a device with its launcher |
+//! | [`tiles`] | which kernel for which shape, as data with its provenance |
 //! | [`ops`] | one function an operation |
 //!
 //! No CUDA toolkit is needed to build this and none to run it: libcuda and NVRTC are loaded when they are asked for.
@@ -35,6 +36,7 @@ pub mod ops;
 #[cfg(feature = "simt")]
 pub mod simt;
 pub mod source;
+pub mod tiles;
 
 pub use device::{Device, Properties};
 pub use error::Error;

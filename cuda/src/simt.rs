@@ -34,7 +34,6 @@ pub const SELF_TEST: &[Source] =
 /// `-ffp-contract=off` is NVRTC's `--fmad=false`; hidden symbols keep the libraries' copies of the machine apart.
 const FLAGS: &[&str] = &[
     "-std=c++17",
-    "-O2",
     "-g1",
     "-shared",
     "-fPIC",
@@ -295,7 +294,13 @@ impl Compiler {
         // clang++ needs to be told to use the shared runtime, g++ does by itself and does not know the option.
         let clang = self.version.contains("clang");
         let sanitize = SANITIZE.iter().filter(move |flag| clang || **flag != "-shared-libasan");
-        FLAGS.iter().chain(sanitize.take(if self.sanitize { usize::MAX } else { 0 })).copied()
+        // The sanitizers' checks cost the compiler more than they gain from its second level.
+        let optimise = if self.sanitize { "-O1" } else { "-O2" };
+        FLAGS
+            .iter()
+            .chain(sanitize.take(if self.sanitize { usize::MAX } else { 0 }))
+            .copied()
+            .chain([optimise])
     }
 
     /// The library of a source, compiled if it is not there.
@@ -308,10 +313,12 @@ impl Compiler {
         let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let directory = self.directory.join(format!("{}-{hash}", source.stem()));
         let library = directory.join("kernels.so");
+        let building = building(&directory);
+        let _alone = lock(&building);
         if library.exists() {
             return Ok(library);
         }
-        // Other tests may be compiling the same: everything is written under a name of its own and renamed.
+        // Another process may be compiling the same: everything is written under a name of its own and renamed.
         for (part, sources) in
             [("kernels", HEADERS), ("kernels", std::slice::from_ref(source)), ("simt", HOST_HEADERS)]
         {
@@ -341,6 +348,12 @@ impl Compiler {
         std::fs::rename(&half_done, &library).map_err(|error| file_error(&library, error))?;
         Ok(library)
     }
+}
+
+/// Held by the test that compiles what goes into a directory, so that the others wait for it.
+fn building(directory: &Path) -> Arc<Mutex<()>> {
+    static ALL: Mutex<BTreeMap<PathBuf, Arc<Mutex<()>>>> = Mutex::new(BTreeMap::new());
+    lock(&ALL).entry(directory.to_path_buf()).or_default().clone()
 }
 
 fn unique() -> String {

@@ -1,9 +1,12 @@
 //! Devices, numbers and tolerances of the operation table.
 
+use finetuned_cuda::cubins::Cubins;
+use finetuned_cuda::driver::Driver;
 use finetuned_cuda::simt::{Counters, Order, Simt};
 use finetuned_cuda::{Buffer, Device, Element, Error};
 use half::bf16;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 /// Whether this column has to run.
@@ -97,9 +100,15 @@ pub fn everywhere(body: impl Fn(&Device) -> Result<Outputs, Error>, check: impl 
     }
 }
 
-/// The GPU of this machine.
+/// The GPU of this machine. Cubins are looked for in `FINETUNED_KERNELS`, a directory, and else compiled.
 pub fn gpu() -> Result<&'static Device, &'static str> {
-    Err("there is no launcher for it yet")
+    static GPU: OnceLock<Result<Device, String>> = OnceLock::new();
+    let open = || {
+        let shipped = std::env::var_os("FINETUNED_KERNELS").map(PathBuf::from).into_iter().collect();
+        let driver = Driver::open(0, &Cubins::new(shipped, None, None)).map_err(|error| error.to_string())?;
+        Ok(Device::new(driver))
+    };
+    GPU.get_or_init(open).as_ref().map_err(String::as_str)
 }
 
 /// What every kernel of an operation did on the stand-in.
