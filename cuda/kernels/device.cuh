@@ -51,6 +51,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 __device__ __forceinline__ float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// 2^x with an error of 2 units in the last place. PTX ISA, "Floating Point Instructions: ex2".
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // N elements moved as one; N · sizeof(T) is 1, 2, 4, 8 or 16 bytes.
 template <typename T, u32 N>
 struct alignas(sizeof(T) * N) vec {

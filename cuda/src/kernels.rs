@@ -73,6 +73,10 @@ kernels! {
         cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
         cross_entropy_gradient 512 threads, 0 shared, 40 registers, 3 blocks;
     }
+    "dropout.cu" {
+        dropout_4 256 threads, 0 shared, 40 registers, 6 blocks;
+        dropout_1 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
     "elementwise.cu" {
         add_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
         scale_f32 256 threads, 0 shared, 40 registers, 6 blocks;

@@ -17,6 +17,8 @@
 mod adamw;
 #[path = "operations/cross_entropy.rs"]
 mod cross_entropy;
+#[path = "operations/dropout.rs"]
+mod dropout;
 #[path = "operations/elementwise.rs"]
 mod elementwise;
 #[path = "operations/harness.rs"]

@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod elementwise;
 pub mod nf4;
 pub mod rms_norm;
