@@ -1,13 +1,14 @@
 // NF4: quantisation with double quantisation, and dequantisation to bf16. Bit for bit what bitsandbytes computes on a CPU
 // (daemon/backend/nf4.rs says where its order is free and what was chosen).
 //
-//   nf4_dequantize_N   out[i] = bf16(NF4[code i]·absmax[i / block])
+//   nf4_dequantize     out[i] = bf16(NF4[code i]·absmax[i >> shift])
 //   nf4_quantize_T     absmax[b] = max |x| over the 64 elements of block b; code = number of borders below x·(1/absmax),
 //                      in a last short block below x/absmax
 //   absmax_mean        offset = mean of all absmax, summed in the order of PyTorch on one thread
 //   absmax_nest        v = absmax − offset; nested[n] = max |v| over 256; code = nearest of the dynamic map to v·(1/nested[n]),
 //                      by bitsandbytes' table of 65,536 steps
 //
+// Blocks are powers of two: a division of 64 bits for every eight elements would cost more than they do.
 // Elements are those of a row-major matrix, `count` of them; codes: u8 [count/2 rounded up]; x: fp32 or bf16; out: bf16.
 // Dequantisation: a thread takes four runs of 8 elements (one load of 4 bytes, one store of 16 each; 1 element at the end).
 // The sixteen values lie in sixteen banks of shared memory: whatever the codes, no conflict. Quantisation: a warp takes a
@@ -23,9 +24,9 @@ constexpr u32 RUNS = 4;  // of a thread
 
 // Dequantises N codes from `index` on, which are in one block of scales.
 template <u32 N>
-__device__ __forceinline__ void dequantize(global<bf16> out, global<const u8> codes, const Absmax& absmax, u32 block,
+__device__ __forceinline__ void dequantize(global<bf16> out, global<const u8> codes, const Absmax& absmax, u32 shift,
                                            shared<float> table, u64 index) {
-    const float scale = absmax_of(absmax, index / block);
+    const float scale = absmax_of(absmax, index >> shift);
     float x[N];
     if constexpr (N == 8) {
         const u32 bytes = load_global<u32>(codes + index / 2);
@@ -42,7 +43,7 @@ __device__ __forceinline__ void dequantize(global<bf16> out, global<const u8> co
 }
 
 extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
-    nf4_dequantize(global<bf16> out, global<const u8> codes, Absmax absmax, u32 block, u64 count) {
+    nf4_dequantize(global<bf16> out, global<const u8> codes, Absmax absmax, u32 shift, u64 count) {
     shared<float> table = static_shared<float, 16>();
     if (threadIdx.x < 16) store_shared(table + threadIdx.x, NF4_CODES[threadIdx.x]);
     __syncthreads();
@@ -50,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
     for (u32 k = 0; k < RUNS; k++) {
         const u64 first = ((u64(blockIdx.x) * RUNS + k) * FLAT_THREADS + threadIdx.x) * 8;
         if (first + 8 <= count)
-            dequantize<8>(out, codes, absmax, block, table, first);
+            dequantize<8>(out, codes, absmax, shift, table, first);
         else
-            for (u64 i = first; i < count; i++) dequantize<1>(out, codes, absmax, block, table, i);
+            for (u64 i = first; i < count; i++) dequantize<1>(out, codes, absmax, shift, table, i);
     }
 }
 ENTRY(nf4_dequantize)

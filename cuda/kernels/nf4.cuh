@@ -12,18 +12,18 @@ __device__ const float NF4_CODES[16] = {
 // Code of zero, which fills the last nibble of an odd number of elements.
 constexpr u32 NF4_ZERO = 7;
 
-// Scales of the blocks. Plain: absmax[b]. Nested: map[codes[b]]·nested[b / nested_block] + offset, in this order.
+// Scales of the blocks. Plain: absmax[b]. Nested: map[codes[b]]·nested[b >> nested_shift] + offset, in this order.
 struct Absmax {
     global<const float> plain;  // null when nested
     global<const u8> codes;
     global<const float> map;
     global<const float> nested;
-    u32 nested_block;
+    u32 nested_shift;
     float offset;
 };
 
 __device__ __forceinline__ float absmax_of(const Absmax& a, u64 block) {
     if (a.plain != nullptr) return load_global<float>(a.plain + block);
     const float value = load_global<float>(a.map + load_global<u8>(a.codes + block));
-    return value * load_global<float>(a.nested + block / a.nested_block) + a.offset;
+    return value * load_global<float>(a.nested + (block >> a.nested_shift)) + a.offset;
 }

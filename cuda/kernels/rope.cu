@@ -15,9 +15,9 @@ __device__ __forceinline__ void rotate(global<bf16> q, global<bf16> k, global<co
                                        global<const float> cos, global<const float> sin, u32 tokens, u32 heads,
                                        u32 kv_heads, u32 half, float direction) {
     const u32 runs = half / N, all_heads = heads + kv_heads;
-    const u64 i = u64(blockIdx.x) * FLAT_THREADS + threadIdx.x;
-    if (i >= u64(tokens) * all_heads * runs) return;
-    const u32 run = u32(i % runs), head = u32(i / runs % all_heads), token = u32(i / runs / all_heads);
+    const u32 i = blockIdx.x * FLAT_THREADS + threadIdx.x;  // the launcher has checked that it fits
+    if (i >= tokens * all_heads * runs) return;
+    const u32 run = i % runs, head = i / runs % all_heads, token = i / runs / all_heads;
     global<bf16> x = head < heads ? q + (u64(token) * heads + head) * 2 * half
                                   : k + (u64(token) * kv_heads + (head - heads)) * 2 * half;
     x += run * N;

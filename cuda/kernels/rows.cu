@@ -12,8 +12,8 @@
 template <u32 N, bool SCATTER>
 __device__ __forceinline__ void move(global<bf16> out, global<const bf16> x, global<const u32> index, u32 rows, u32 cols) {
     const u32 runs = cols / N;
-    const u64 i = u64(blockIdx.x) * FLAT_THREADS + threadIdx.x;
-    if (i >= u64(rows) * runs) return;
+    const u32 i = blockIdx.x * FLAT_THREADS + threadIdx.x;  // the launcher has checked that it fits
+    if (i >= rows * runs) return;
     const u64 row = i / runs, col = i % runs * N, other = load_global<u32>(index + row);
     const u64 from = (SCATTER ? row : other) * cols + col, to = (SCATTER ? other : row) * cols + col;
     store_global(out + to, load_global<vec<bf16, N>>(x + from));

@@ -22,7 +22,7 @@ pub struct Usage {
     pub kernel: String,
     /// Registers of a thread.
     pub registers: u32,
-    /// Static shared memory of a block, in bytes.
+    /// Static shared memory of a block, in bytes; on sm_90 with the KiB that the system keeps.
     pub shared: u32,
     /// Stack frame of a thread in local memory, in bytes: spilled registers, and arrays that are indexed at run time.
     pub stack: u32,

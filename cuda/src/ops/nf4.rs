@@ -30,7 +30,7 @@ pub enum Absmax {
         map: Buffer<f32>,
         /// One a nested block.
         nested: Buffer<f32>,
-        /// Blocks of a nested block.
+        /// Blocks of a nested block, a power of two.
         nested_block: usize,
         /// Mean of the scales.
         offset: f32,
@@ -45,7 +45,7 @@ pub(crate) struct RawAbsmax {
     codes: u64,
     map: u64,
     nested: u64,
-    nested_block: u32,
+    nested_shift: u32,
     offset: f32,
 }
 
@@ -60,12 +60,14 @@ impl Absmax {
             Absmax::Plain(absmax) => {
                 operation.has("absmax", absmax, blocks)?;
                 let plain = absmax.address().0;
-                let raw = RawAbsmax { plain, codes: 0, map: 0, nested: 0, nested_block: 1, offset: 0.0 };
+                let raw = RawAbsmax { plain, codes: 0, map: 0, nested: 0, nested_shift: 0, offset: 0.0 };
                 Ok((raw, vec![absmax.input()]))
             }
             Absmax::Nested { codes, map, nested, nested_block, offset } => {
-                if *nested_block == 0 {
-                    return Err(operation.error("nested blocks of no blocks"));
+                if !nested_block.is_power_of_two() {
+                    return Err(
+                        operation.error(format!("nested blocks of {nested_block}, not of a power of two"))
+                    );
                 }
                 operation.has("codes of absmax", codes, blocks)?;
                 operation.has("map of absmax", map, 256)?;
@@ -75,7 +77,7 @@ impl Absmax {
                     codes: codes.address().0,
                     map: map.address().0,
                     nested: nested.address().0,
-                    nested_block: operation.u32("nested block", *nested_block)?,
+                    nested_shift: nested_block.trailing_zeros(),
                     offset: *offset,
                 };
                 Ok((raw, vec![codes.input(), map.input(), nested.input()]))
@@ -84,7 +86,7 @@ impl Absmax {
     }
 }
 
-/// `out = bf16(NF4[code] · absmax)`, `count` elements in blocks of `block` (a multiple of 32).
+/// `out = bf16(NF4[code] · absmax)`, `count` elements in blocks of `block`, a power of two from 32 on.
 pub fn dequantize(
     count: usize,
     block: usize,
@@ -93,8 +95,8 @@ pub fn dequantize(
     out: &mut Buffer<bf16>,
 ) -> Result<(), Error> {
     let operation = Operation("nf4 dequantize");
-    if block == 0 || !block.is_multiple_of(32) {
-        return Err(operation.error(format!("blocks of {block} elements, not of a multiple of 32")));
+    if block < 32 || !block.is_power_of_two() {
+        return Err(operation.error(format!("blocks of {block} elements, not of a power of two from 32 on")));
     }
     operation.has("codes", codes, count.div_ceil(2))?;
     operation.has("out", out, count)?;
@@ -106,7 +108,7 @@ pub fn dequantize(
         out.output(),
         codes.input(),
         Argument::Struct(bytemuck::bytes_of(&raw)),
-        Argument::U32(operation.u32("block", block)?),
+        Argument::U32(block.trailing_zeros()),
         Argument::U64(count as u64),
     ];
     let grid = [operation.blocks(count, DEQUANTIZED)?, 1, 1];

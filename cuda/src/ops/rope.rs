@@ -77,6 +77,7 @@ pub fn rope(
     if threads == 0 {
         return Ok(());
     }
+    operation.u32("the number of threads", threads + THREADS)?;
     let arguments = [
         q.output(),
         k,

@@ -59,6 +59,7 @@ fn launch(
     if threads == 0 {
         return Ok(());
     }
+    operation.u32("the number of threads", threads + THREADS)?;
     let arguments = [
         to.output(),
         from.input(),

@@ -172,7 +172,7 @@ fn blocks_that_straddle_a_load_are_refused() {
     let mut out = poisoned(&device, 96);
     let codes = Buffer::from_slice(&device, &[0u8; 48]).unwrap();
     let error = dequantize(96, 48, &codes, &absmax, &mut out).unwrap_err().to_string();
-    assert_eq!(error, "nf4 dequantize: blocks of 48 elements, not of a multiple of 32");
+    assert_eq!(error, "nf4 dequantize: blocks of 48 elements, not of a power of two from 32 on");
     let error = dequantize(96, 0, &codes, &absmax, &mut out).unwrap_err().to_string();
-    assert_eq!(error, "nf4 dequantize: blocks of 0 elements, not of a multiple of 32");
+    assert_eq!(error, "nf4 dequantize: blocks of 0 elements, not of a power of two from 32 on");
 }
