@@ -181,10 +181,12 @@ fn without_headings(text: &str) -> String {
     without_lines(&without_preamble(text), &[".SH"])
 }
 
+/// Without those lines, and without breaks around an empty line, which is a break itself.
 fn without_lines(text: &str, starts: &[&str]) -> String {
     text.lines()
         .filter(|line| !starts.iter().any(|start| line.starts_with(start)))
         .fold(String::new(), |text, line| text + line.trim_end() + "\n")
+        .replace(".br\n\n.br\n", ".sp\n")
 }
 
 #[cfg(test)]
