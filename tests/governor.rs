@@ -396,7 +396,7 @@ fn alarms_of_the_supply_slow_down_and_then_stop() {
     assert!(machine.decision.duty <= 0.8 && machine.decision.notes.contains(&Note::Alarms(0.8)));
     machine.run(60.0, |_, _, _| {});
     assert_eq!((machine.decision.duty, machine.decision.reason), (0.0, Some(Reason::OverCurrent)));
-    machine.also = |_, _| {};
+    machine.also = |_, readings| readings.over_current = Some(OverCurrent::default());
     machine.run(500.0, |_, _, _| {});
     assert_eq!(machine.decision.duty, 0.0, "ten minutes");
     machine.run(200.0, |_, _, _| {});

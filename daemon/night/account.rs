@@ -260,7 +260,7 @@ impl Account {
             minute.seconds += seconds;
         }
         let trained = seen.news.runs.iter().filter(|(_, run)| run.state == "running");
-        if let Some((id, loss)) = trained.filter_map(|(id, run)| Some((id, run.loss?))).last() {
+        if let Some((id, loss)) = trained.filter_map(|(id, run)| Some((id, run.loss?))).next_back() {
             (minute.point.loss, minute.point.run) = (Some(loss), Some(id.clone()));
         }
     }

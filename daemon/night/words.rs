@@ -27,7 +27,7 @@ pub fn length(seconds: f64) -> String {
 pub fn percent(share: f64) -> String {
     match share * 100.0 {
         percent if percent > 0.0 && percent < 0.05 => "< 0.1 %".to_string(),
-        percent if percent < 100.0 && percent >= 99.95 => "> 99.9 %".to_string(),
+        percent if (99.95..100.0).contains(&percent) => "> 99.9 %".to_string(),
         percent => format!("{percent:.1} %"),
     }
 }

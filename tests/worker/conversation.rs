@@ -110,7 +110,8 @@ fn a_daemon_of_another_version() {
     let (reports, code) = answer(&encode(&Request::Start(wrong)).unwrap());
     let last = failed(reports.last().unwrap().clone());
     assert_eq!((last.reason, last.retry), (Reason::Protocol, false));
-    assert!(last.message.contains("version 2") && last.message.contains("restart"), "{}", last.message);
+    let theirs = format!("version {}", VERSION + 1);
+    assert!(last.message.contains(&theirs) && last.message.contains("restart"), "{}", last.message);
     assert_eq!(code, Some(1));
     assert_eq!(std::fs::read_dir(output.path()).unwrap().count(), 0, "nothing was written");
 }
