@@ -3,8 +3,8 @@
 //! A micro-batch of `w` GFLOP takes `each + per_gflop · w` seconds: what every micro-batch costs whatever its size
 //! (dequantised weights, launches), and arithmetic. [`Costs`] keeps the five sums that a straight line through all
 //! micro-batches needs, so that runs add up without their samples. How much a prediction may be wrong is how much the
-//! records differ from each other, and at least what was found when predictions were held against runs
-//! (`docs/results.md`).
+//! records differ from each other, and at least a share that was chosen: too few predictions have been held against runs
+//! to measure it (`docs/results.md`).
 //!
 //! | what is on record | taken | at least wrong by |
 //! |---|---|---|
