@@ -200,7 +200,9 @@ impl Figures {
 
     /// `12.3 Wh (9.10 Wh above idle), 0.31 J/token, 42 J in the last step`, as far as known.
     pub fn energy(&self) -> String {
-        let hours = |joules: f64| format!("{} Wh", significant(joules / 3600.0, 3));
+        // Less than a millijoule is rounding.
+        let whole = |joules: f64| if joules < 1e-3 { 0.0 } else { joules };
+        let hours = |joules: f64| format!("{} Wh", significant(whole(joules) / 3600.0, 3));
         let Some(gross) = self.energy_j else { return String::new() };
         let mut parts = vec![match self.energy_above_idle_j {
             Some(above) => format!("{} ({} above idle)", hours(gross), hours(above)),

@@ -6,7 +6,7 @@
 //!                                                                                                      one checkpoint
 //! ```
 //!
-//! It costs [`LIMIT`] at most, or [`LEAST`] micro-batches and the one before where these take longer; a stop is heard
+//! It costs [`LIMIT`] at most, or `LEAST` micro-batches and the one before where these take longer; a stop is heard
 //! between two micro-batches. The memory is that of the run.
 
 use super::prepare::{self, Prepared};
@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long micro-batches are computed, unless [`LEAST`] of them take longer.
+/// How long micro-batches are computed, unless `LEAST` of them take longer.
 pub const LIMIT: Duration = Duration::from_secs(10);
 /// So many are computed in any case: a line needs more than two points.
 const LEAST: usize = 4;

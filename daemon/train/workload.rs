@@ -122,7 +122,7 @@ pub fn load(rows: &TokenRows, plan: &EpochPlan, batch: Range<usize>, longest: us
     load
 }
 
-/// Everything that the run does. Costs a pass over the rows' lengths for each of the first [`COUNTED`] epochs.
+/// Everything that the run does. Costs a pass over the rows' lengths for each of the first `COUNTED` epochs.
 pub fn workload(spec: &Spec, prepared: &Prepared, recompute: bool) -> Workload {
     let work = Work::new(&prepared.base.config, &prepared.layout, recompute);
     let steps = prepare::count_steps(spec, &prepared.data.train).total;

@@ -405,7 +405,9 @@ fn a_run_tells_what_it_took() {
     {
         std::fs::write(battery.join(file), format!("{text}\n")).unwrap();
     }
-    let daemon = Daemon::governed(machine.path(), "[conditions]\nexternal_power = false\n");
+    // A battery is counted where the configuration says so: it is silent while it charges.
+    let config = "[board]\nrails = [\"BAT0\"]\n\n[conditions]\nexternal_power = false\n";
+    let daemon = Daemon::governed(machine.path(), config);
     block_on(async {
         let manager = daemon.manager().await;
         let endless = ["train.max_steps=100000", "train.checkpoint_every=0", "train.evaluate_every=0"];

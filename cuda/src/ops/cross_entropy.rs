@@ -11,7 +11,7 @@ pub fn stride(vocabulary: usize) -> usize {
     vocabulary.next_multiple_of(8)
 }
 
-/// −log softmax(row)[target] of `rows` rows of logits `[rows, stride(vocabulary)]`, to `loss`, and (if asked) the gradient
+/// −log softmax(row)\[target\] of `rows` rows of logits `[rows, stride(vocabulary)]`, to `loss`, and (if asked) the gradient
 /// softmax − onehot in the place of the logits: row r of it is bf16 `[stride]` from the byte where row r of the logits began,
 /// with zeros from the vocabulary to the stride. The caller has checked that every target lies inside the vocabulary.
 pub fn cross_entropy(
