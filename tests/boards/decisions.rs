@@ -33,7 +33,10 @@ impl Damage {
     /// How a kernel shows a sensor that is switched off.
     fn is_absence(&self) -> bool {
         match self {
-            Damage::Content(content) => content.trim_ascii().is_empty(),
+            // A text ends at its first NUL.
+            Damage::Content(content) => {
+                content.split(|byte| *byte == 0).next().is_none_or(|text| text.trim_ascii().is_empty())
+            }
             Damage::Fault(fault) => matches!(fault, Fault::Offline),
             _ => false,
         }

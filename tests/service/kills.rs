@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const RUN: &[&str] = &["train.max_steps=300", "train.checkpoint_every=3", "train.evaluate_every=50"];
 
 /// No wait between attempts: it is the kills that are tested here.
-const AT_ONCE: &str = "[worker]\nbackoff = \"10ms\"\nbackoff_limit = \"20ms\"\nattempts = 25\n";
+const AT_ONCE: &str = "[worker]\nbackoff = \"10ms\"\nbackoff_limit = \"20ms\"\nattempts = 100\n";
 
 fn undisturbed() -> Bits {
     let output = shared().output();
