@@ -1,5 +1,6 @@
 //! The only source of time. Everything that measures or waits takes a [`Clock`], so that tests can move it.
 
+pub mod moment;
 pub mod simulated;
 
 use rustix::time::{ClockId, clock_gettime};

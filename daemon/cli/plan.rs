@@ -8,12 +8,12 @@ use super::console;
 use super::exit::{Exit, Failure};
 use super::progress::Progress;
 use super::speed;
-use crate::clock::{Clock, SystemClock};
+use crate::clock::{Clock, SystemClock, moment};
 use crate::config::daemon::DaemonConfig;
 use crate::config::{ConfigError, Mode};
+use crate::plan::Speed;
 use crate::plan::page::Page;
 use crate::plan::throughput::Origin;
-use crate::plan::{Speed, moment};
 use crate::scheduler::forecast::{self, Known, Outlook};
 use crate::train::{prepare, probe, survey};
 use crate::units::Joules;
@@ -29,7 +29,7 @@ pub struct PlanArguments {
     /// Compute some micro-batches to learn how fast they are (about ten seconds, and the memory of the run)
     #[arg(long)]
     probe: bool,
-    /// Refuse a run that would not be complete by then: 06:00 (the next), "2026-11-28 06:00"
+    /// Refuse a run that would not be complete by then: 06:00 (the next), "2026-11-28 06:00", +8h
     #[arg(long, value_name = "WHEN")]
     before: Option<String>,
     /// Hours and quotas of this configuration of the daemon [default: that of this machine]

@@ -3,7 +3,8 @@
 use super::connect::{Client, Transport};
 use super::console::Console;
 use super::exit::Failure;
-use crate::clock::Clock;
+use crate::clock::{Clock, moment};
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -62,6 +63,13 @@ impl Context {
     pub fn now_us(&self) -> u64 {
         let since = self.clock.wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// A moment that a person wrote, in microseconds since 1970.
+    pub fn moment(&self, text: &str) -> Result<u64, String> {
+        let now = Timestamp::try_from(self.clock.wall()).unwrap_or(Timestamp::UNIX_EPOCH);
+        let at = moment::parse(text, &now.to_zoned_datetime(self.zone.clone()))?;
+        u64::try_from(at.as_microsecond()).map_err(|_| format!("{text:?} was before 1970"))
     }
 
     /// A file of the machine.

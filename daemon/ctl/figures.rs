@@ -1,6 +1,6 @@
 //! A run as the bus shows it, and as text and JSON show it.
 
-use super::{text, when};
+use super::text;
 use crate::bus::Dictionary;
 use crate::reason::Reason;
 use crate::units::{Bytes, duration, significant};
@@ -273,7 +273,7 @@ impl Figures {
             }
             _ => String::new(),
         };
-        format!("{} ({}){remark}", time(deadline, zone), when::distance(deadline, now_us))
+        format!("{} ({}){remark}", time(deadline, zone), distance(deadline, now_us))
     }
 }
 
@@ -324,6 +324,14 @@ pub fn time(us: u64, zone: &TimeZone) -> String {
 /// `2 h 1 min ago`. A clock that was set back makes it now.
 pub fn ago(us: u64, now_us: u64) -> String {
     format!("{} ago", duration(Duration::from_secs(now_us.saturating_sub(us) / 1_000_000)))
+}
+
+/// `in 2 h 1 min`, or how long ago.
+fn distance(us: u64, now_us: u64) -> String {
+    match us.checked_sub(now_us) {
+        Some(ahead) => format!("in {}", duration(Duration::from_secs(ahead / 1_000_000))),
+        None => ago(us, now_us),
+    }
 }
 
 /// A reason in words. Words that are not known have none.
@@ -378,6 +386,8 @@ mod tests {
         assert_eq!(time(u64::MAX, &TimeZone::UTC), format!("{} µs", u64::MAX));
         assert_eq!(ago(5_000_000, 65_000_000), "1 min 0 s ago");
         assert_eq!(ago(5_000_000, 0), "0.0 s ago");
+        assert_eq!(distance(65_000_000, 5_000_000), "in 1 min 0 s");
+        assert_eq!(distance(5_000_000, 65_000_000), "1 min 0 s ago");
     }
 
     #[test]

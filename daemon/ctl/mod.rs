@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   submit, list, watch, top, records, steer, status, night, budget, inhibit, model, adapter, doctor      the commands
-//!      │             figures   a run as text and as JSON       when   moments       text   layout, escapes
+//!      │             figures   a run as text and as JSON       text   layout, escapes
 //!      ▼
 //!   connect ──► bus::{ManagerProxy, RunProxy} ──► the daemon            console   who writes where
 //!                                                                       exit      exit codes and error messages
@@ -31,7 +31,6 @@ mod submit;
 mod text;
 mod top;
 mod watch;
-mod when;
 
 #[cfg(test)]
 mod fake;

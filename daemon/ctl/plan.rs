@@ -5,10 +5,8 @@ use super::context::Context;
 use super::exit::{Code, Exit, Failure};
 use super::submit::Parcel;
 use super::text;
-use crate::plan::moment;
 use crate::plan::page::{Page, Refusal};
 use clap::Args;
-use jiff::Timestamp;
 use std::path::PathBuf;
 use zbus::Variant;
 
@@ -24,14 +22,18 @@ pub struct PlanArguments {
     /// Have some micro-batches computed to learn how fast they are (about ten seconds, while nothing trains)
     #[arg(long)]
     pub probe: bool,
-    /// Refuse a run that would not be complete by then: 06:00 (the next), "2026-11-28 06:00"
+    /// Refuse a run that would not be complete by then: 06:00 (the next), "2026-11-28 06:00", +8h
     #[arg(long, value_name = "WHEN")]
     pub before: Option<String>,
 }
 
 /// Runs the command.
 pub async fn command(arguments: &PlanArguments, context: &Context) -> Result<Code, Failure> {
-    let before = arguments.before.as_deref().map(|text| moment_us(text, context)).transpose()?;
+    let before = arguments
+        .before
+        .as_deref()
+        .map(|text| context.moment(text).map_err(|why| Failure::new(Exit::Usage, format!("--before: {why}"))))
+        .transpose()?;
     let parcel = Parcel::pack(&arguments.spec, &arguments.set)?;
     let client = context.client().await?;
     let mut options =
@@ -61,15 +63,6 @@ pub async fn command(arguments: &PlanArguments, context: &Context) -> Result<Cod
         Some(failure) => Err(failure),
         None => Ok(Exit::Done.into()),
     }
-}
-
-fn moment_us(text: &str, context: &Context) -> Result<u64, Failure> {
-    let now = i64::try_from(context.now_us()).ok().and_then(|us| Timestamp::from_microsecond(us).ok());
-    let now = now.unwrap_or(Timestamp::UNIX_EPOCH).to_zoned_datetime(context.zone.clone());
-    let at =
-        moment::parse(text, &now).map_err(|why| Failure::new(Exit::Usage, format!("--before: {why}")))?;
-    u64::try_from(at.as_microsecond())
-        .map_err(|_| Failure::new(Exit::Usage, format!("--before: {text:?} was before 1970")))
 }
 
 /// The refusals as one failure: each is an error, and what would help.

@@ -4,7 +4,7 @@ use super::connect::Client;
 use super::context::Context;
 use super::exit::{Code, Exit, Failure};
 use super::figures::Figures;
-use super::{text, when};
+use super::text;
 use crate::bus::Dictionary;
 use clap::Args;
 use serde_json::{Value, json};
@@ -202,8 +202,7 @@ pub async fn deadline(arguments: &DeadlineArguments, context: &Context) -> Resul
 pub fn moment(text: &str, context: &Context) -> Result<u64, Failure> {
     match text.trim() {
         "none" => Ok(0),
-        text => when::parse(text, context.now_us(), &context.zone)
-            .map_err(|problem| Failure::new(Exit::Usage, problem)),
+        text => context.moment(text).map_err(|problem| Failure::new(Exit::Usage, problem)),
     }
 }
 

@@ -365,7 +365,7 @@ aa000  old            succeeded            100 %  120/120  0.5000  0.7500  root 
     assert_eq!(clean(bench.run(&["deadline", "night", "none"]).await), "night (3f2a91c04d7e): no deadline\n");
     let bad = bench.run(&["deadline", "night", "soon"]).await;
     assert!(
-        bad.code == 2 && bad.err.starts_with("error: \"soon\" is no time: write a local one"),
+        bad.code == 2 && bad.err.starts_with("error: \"soon\" is no moment: write a local one"),
         "{}",
         bad.err
     );

@@ -11,7 +11,6 @@
 //! daemon, command line and client read the same [`page::Page`].
 
 pub mod history;
-pub mod moment;
 pub mod page;
 pub mod throughput;
 

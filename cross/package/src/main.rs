@@ -12,7 +12,6 @@
 
 mod completions;
 mod crates;
-mod date;
 mod interface;
 mod licences;
 mod manifest;
@@ -23,7 +22,7 @@ mod sbom;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser};
-use date::Date;
+use jiff::Timestamp;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -37,8 +36,8 @@ enum Command {
         #[arg(long)]
         tree: PathBuf,
         /// Time of the source, in seconds since 1970
-        #[arg(long)]
-        epoch: u64,
+        #[arg(long, value_parser = seconds)]
+        epoch: Timestamp,
     },
     /// The copyright file: our own, and that of every crate that is linked in
     Licences {
@@ -53,8 +52,8 @@ enum Command {
         #[command(flatten)]
         crates: CrateArguments,
         /// Time of the source, in seconds since 1970
-        #[arg(long)]
-        epoch: u64,
+        #[arg(long, value_parser = seconds)]
+        epoch: Timestamp,
         /// First line of `rustc --version`
         #[arg(long)]
         rustc: String,
@@ -95,10 +94,16 @@ impl CrateArguments {
     }
 }
 
+/// Seconds since 1970, as `SOURCE_DATE_EPOCH` has them.
+fn seconds(text: &str) -> Result<Timestamp, String> {
+    let seconds = text.parse().map_err(|_| format!("{text:?} is no number of seconds"))?;
+    Timestamp::from_second(seconds).map_err(|error| error.to_string())
+}
+
 fn main() -> Result<()> {
     match Command::parse() {
         Command::Pages { tree, epoch } => {
-            for page in manual::pages(Date::from_epoch(epoch))? {
+            for page in manual::pages(epoch)? {
                 write(&tree.join(page.path()), page.text.as_bytes())?;
             }
             for (path, text) in completions::all() {
@@ -110,7 +115,7 @@ fn main() -> Result<()> {
             write(&output, licences::copyright(&crates.load()?)?.as_bytes())
         }
         Command::Sbom { crates, epoch, rustc, output } => {
-            write(&output, sbom::cyclonedx(&crates.load()?, Date::from_epoch(epoch), &rustc).as_bytes())
+            write(&output, sbom::cyclonedx(&crates.load()?, epoch, &rustc).as_bytes())
         }
         Command::Manifest { tree, with, output } => {
             write(&output, manifest::manifest(&tree, &with)?.as_bytes())

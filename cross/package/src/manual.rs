@@ -7,13 +7,13 @@
 //!   org.finetuned.Finetuned1(5)      docs/dbus/README.md, then every interface
 //! ```
 
-use crate::date::Date;
 use crate::interface;
 use crate::markdown;
 use crate::roff::{Roff, bold, code, escape, italic};
 use anyhow::{Context, Result};
 use clap::Command;
 use clap_mangen::Man;
+use jiff::Timestamp;
 
 /// What the pages call the collection.
 const COLLECTION: &str = "finetuned manual";
@@ -43,13 +43,16 @@ impl Page {
 }
 
 /// All of them.
-pub fn pages(date: Date) -> Result<Vec<Page>> {
+pub fn pages(at: Timestamp) -> Result<Vec<Page>> {
     PAGES
         .into_iter()
         .map(|(name, section, what)| {
             let mut roff = Roff::default();
             let (number, version) = (section.to_string(), concat!("finetuned ", env!("CARGO_PKG_VERSION")));
-            roff.request("TH", &[&name.to_uppercase(), &number, &date.day(), version, COLLECTION]);
+            roff.request(
+                "TH",
+                &[&name.to_uppercase(), &number, &at.strftime("%F").to_string(), version, COLLECTION],
+            );
             // No hyphenation, ragged right: commands and keys stay whole. Then the quote that clap_mangen's parts name.
             roff.raw(".nh\n.ad l\n.ie \\n(.g .ds Aq \\(aq\n.el .ds Aq '");
             roff.request("SH", &["NAME"]);
@@ -194,7 +197,7 @@ mod tests {
     use super::*;
 
     fn text(name: &str) -> String {
-        let pages = pages(Date::from_epoch(0)).unwrap();
+        let pages = pages(Timestamp::UNIX_EPOCH).unwrap();
         pages.into_iter().find(|page| page.name == name).unwrap().text
     }
 

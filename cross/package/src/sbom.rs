@@ -1,12 +1,12 @@
 //! The bill of materials: CycloneDX 1.5, <https://cyclonedx.org/docs/1.5/json/>.
 
 use crate::crates::{Crate, Crates};
-use crate::date::Date;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 /// The document, with a final line feed.
-pub fn cyclonedx(crates: &Crates, date: Date, rustc: &str) -> String {
+pub fn cyclonedx(crates: &Crates, at: Timestamp, rustc: &str) -> String {
     let all = || std::iter::once(&crates.root).chain(&crates.others);
     let dependencies: Vec<Value> = all()
         .map(|one| {
@@ -23,7 +23,7 @@ pub fn cyclonedx(crates: &Crates, date: Date, rustc: &str) -> String {
         "serialNumber": "",
         "version": 1,
         "metadata": {
-            "timestamp": date.second(),
+            "timestamp": at.to_string(),
             "tools": {"components": [
                 {"type": "application", "name": "rustc", "version": rustc.trim().trim_start_matches("rustc ")},
             ]},
@@ -79,8 +79,8 @@ mod tests {
     #[test]
     fn every_crate_with_its_licence_and_checksum() {
         let crates = crate::crates::tests::example();
-        let text = cyclonedx(&crates, Date::from_epoch(0), "rustc 1.95.0 (abc)");
-        assert_eq!(text, cyclonedx(&crates, Date::from_epoch(0), "rustc 1.95.0 (abc)"));
+        let text = cyclonedx(&crates, Timestamp::UNIX_EPOCH, "rustc 1.95.0 (abc)");
+        assert_eq!(text, cyclonedx(&crates, Timestamp::UNIX_EPOCH, "rustc 1.95.0 (abc)"));
         let document: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(document["metadata"]["timestamp"], "1970-01-01T00:00:00Z");
         assert_eq!(document["metadata"]["component"]["purl"], "pkg:cargo/finetuned@1.0.0");
@@ -92,7 +92,7 @@ mod tests {
         assert!(serial.len() == 45 && serial.as_bytes()[23] == b'8', "{serial}");
         assert_ne!(
             text,
-            cyclonedx(&crates, Date::from_epoch(86_400), "rustc 1.95.0 (abc)"),
+            cyclonedx(&crates, Timestamp::from_second(86_400).unwrap(), "rustc 1.95.0 (abc)"),
             "another content has another number"
         );
     }
