@@ -86,6 +86,8 @@ reasons! {
     OutOfMemory = "out-of-memory",
     /// The worker died.
     Crashed = "crashed",
+    /// The GPU reported an error, or cannot be used.
+    Device = "device",
     /// The worker went silent, or made no progress.
     Hung = "hung",
     /// The worker said something that the protocol does not know.
@@ -140,7 +142,8 @@ impl Reason {
             Reason::DoesNotFit => {
                 "it does not fit in this machine's memory: `finetuned plan` says what would"
             }
-            Reason::OutOfMemory => "the kernel ended the worker for memory",
+            Reason::OutOfMemory => "memory ran out: the kernel ended the worker, or the GPU had no more",
+            Reason::Device => "the GPU reported an error: what it computed since the last checkpoint is not used",
             Reason::Crashed => "the worker died",
             Reason::Hung => "the worker made no progress",
             Reason::Protocol => "daemon and worker do not understand each other",

@@ -74,6 +74,16 @@ impl<T: Element> Buffer<T> {
         self.allocation.device()
     }
 
+    /// Another handle to the same memory.
+    pub fn share(&self) -> Buffer<T> {
+        Buffer {
+            allocation: self.allocation.clone(),
+            offset: self.offset,
+            len: self.len,
+            element: PhantomData,
+        }
+    }
+
     fn bytes(&self) -> u64 {
         (self.len * size_of::<T>()) as u64
     }
@@ -210,5 +220,50 @@ impl Arena {
             len: planned.len,
             element: PhantomData,
         })
+    }
+}
+
+/// Buffers of a size that is not known in advance, cut from few large allocations: those of a model that is loaded layer
+/// by layer. An allocation goes back when the last of its buffers does.
+pub struct Slabs {
+    device: Device,
+    kept: u64,
+    current: Option<(Arc<Allocation>, u64)>,
+}
+
+/// Size of an allocation that several buffers share. A 1B model takes about ten; what is left at the end of one when the
+/// next buffer does not fit is lost, a buffer of more than an eighth gets an allocation of its own.
+const SLAB: u64 = 64 << 20;
+
+impl Slabs {
+    /// Takes memory as long as `kept` bytes stay free for the rest of the system.
+    pub fn new(device: &Device, kept: u64) -> Slabs {
+        Slabs { device: device.clone(), kept, current: None }
+    }
+
+    /// A buffer with arbitrary content.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when less than what has to stay free would; what CUDA says otherwise.
+    pub fn buffer<T: Element>(&mut self, len: usize) -> Result<Buffer<T>, Error> {
+        let bytes = (len * size_of::<T>()).max(1) as u64;
+        let bytes = bytes.next_multiple_of(ALIGNMENT);
+        if bytes > SLAB / 8 {
+            return Ok(Buffer { allocation: self.allocate(bytes)?, offset: 0, len, element: PhantomData });
+        }
+        let (allocation, offset) = match self.current.take() {
+            Some((allocation, used)) if used + bytes <= SLAB => (allocation, used),
+            _ => (self.allocate(SLAB)?, 0),
+        };
+        self.current = Some((allocation.clone(), offset + bytes));
+        Ok(Buffer { allocation, offset, len, element: PhantomData })
+    }
+
+    fn allocate(&self, bytes: u64) -> Result<Arc<Allocation>, Error> {
+        let available = self.device.free_memory()?.saturating_sub(self.kept);
+        if bytes > available {
+            return Err(Error::Memory { wanted: bytes, available, kept: self.kept });
+        }
+        Ok(Arc::new(self.device.allocate(bytes)?))
     }
 }

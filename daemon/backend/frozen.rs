@@ -61,6 +61,14 @@ impl FrozenMatrix {
             FrozenMatrix::Nf4(m) => (m.rows, m.cols),
         }
     }
+
+    /// Bytes of its values or codes and scales, as stored.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            FrozenMatrix::Dense(m) => m.data.as_bytes().len() as u64,
+            FrozenMatrix::Nf4(m) => m.codes.as_bytes().len() as u64 + m.absmax.bytes(),
+        }
+    }
 }
 
 /// A dense frozen matrix.
@@ -110,4 +118,16 @@ pub enum Absmax {
         /// Mean of the absmax values, subtracted before they were quantised.
         offset: f32,
     },
+}
+
+impl Absmax {
+    /// Bytes of the scales, as stored.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Absmax::Plain(blob) => blob.as_bytes().len() as u64,
+            Absmax::Nested { codes, map, nested, .. } => {
+                (codes.as_bytes().len() + size_of_val(&map[..]) + size_of_val(&nested[..])) as u64
+            }
+        }
+    }
 }

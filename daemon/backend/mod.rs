@@ -13,6 +13,7 @@
 pub use frozen::{Absmax, Blob, DenseMatrix, Dtype, FrozenMatrix, Nf4Matrix};
 
 pub mod cpu;
+pub mod cuda;
 mod frozen;
 pub mod nf4;
 pub mod philox;
@@ -45,6 +46,19 @@ impl Batch {
     /// Whether there is no token.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
+    }
+
+    /// The sums of `losses`, one per labelled position, over each sequence: token by token in f64, one order.
+    pub fn sum_by_sequence(&self, losses: &[f64]) -> Vec<f64> {
+        let mut sums = vec![0.0; self.sequence_keys.len()];
+        let mut sequence = 0;
+        for (&position, loss) in self.labelled.iter().zip(losses) {
+            while position >= self.sequence_offsets[sequence + 1] {
+                sequence += 1;
+            }
+            sums[sequence] += loss;
+        }
+        sums
     }
 
     /// Appends one sequence.
@@ -165,6 +179,24 @@ pub struct Parameter<'a, B: Backend + ?Sized> {
     pub v: &'a mut B::Tensor,
 }
 
+/// What adapter parameters are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The weights: products read them.
+    Weights,
+    /// Gradients or moments.
+    Sums,
+}
+
+/// Memory of a device that has its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// All of it, in bytes.
+    pub total: u64,
+    /// What can still be taken.
+    pub available: u64,
+}
+
 /// Arithmetic on one device. See the module's head comment for the rules.
 pub trait Backend {
     /// A flat array of activations or adapter weights. Activations are allocated for the largest micro-batch and used
@@ -177,8 +209,18 @@ pub trait Backend {
 
     /// What the bits depend on besides the inputs: device, compute type.
     fn identity(&self) -> String;
+    /// What it computes on, in words: `CPU (x86-64, AVX-512, 2 cores)`.
+    fn device(&self) -> String;
     /// Bytes of one activation element.
     fn activation_size(&self) -> usize;
+    /// Bytes of an adapter parameter with its gradient, both moments and whatever copy the products want.
+    fn parameter_size(&self) -> usize;
+    /// Bytes that a frozen matrix keeps in use once it is taken.
+    fn matrix_bytes(&self, matrix: &FrozenMatrix) -> u64;
+    /// The memory that all of it comes from, where that is not the system's.
+    fn memory(&self) -> Option<DeviceMemory> {
+        None
+    }
 
     /// Bytes that the operations of a step hold beside their arguments, at most at a time.
     fn scratch_bytes(&self, shape: StepShape) -> u64;
@@ -186,14 +228,22 @@ pub trait Backend {
     /// Takes the scratch memory of steps of up to this shape, so that a longer batch later does not have to.
     fn reserve(&self, shape: StepShape);
 
-    /// A tensor of `len` zeros. Memory is taken here and in [`Backend::reserve`].
+    /// An activation of `len` zeros. Memory is taken here, in the next two and in [`Backend::reserve`].
     fn zeros(&self, len: usize) -> Self::Tensor;
+    /// `len` zeros that are never rounded to the type of activations: weights of norms, biases, log-sums.
+    fn floats(&self, len: usize) -> Self::Tensor;
+    /// Zeros for one value per adapter parameter: a tensor of each length, never rounded either. What belongs together is
+    /// made together: [`Backend::clear_all`], [`Backend::square_sum`] and [`Backend::adamw`] take all tensors of a call, in
+    /// its order.
+    fn parameters(&self, lens: &[usize], role: Role) -> Vec<Self::Tensor>;
     /// Copies from the host; `values` may be shorter than the tensor.
     fn write(&self, tensor: &mut Self::Tensor, values: &[f32]);
     /// Copies the first `len` elements to the host.
     fn read(&self, tensor: &Self::Tensor, len: usize) -> Vec<f32>;
-    /// Sets every element to 0.
-    fn clear(&self, tensor: &mut Self::Tensor);
+    /// Sets every element of [`Backend::parameters`] to 0.
+    fn clear_all(&self, tensors: &mut [Self::Tensor]);
+    /// Waits until nothing computes any more: operations may return before they are done.
+    fn synchronize(&self);
     /// Takes a frozen matrix.
     fn matrix(&self, matrix: FrozenMatrix) -> Self::Matrix;
     /// Takes a micro-batch.
@@ -334,7 +384,7 @@ pub trait Backend {
     /// Logits of row `row` of h `[.., H]`, for generation.
     fn logits(&self, hidden: usize, h: &Self::Tensor, row: usize, head: &Self::Matrix) -> Vec<f32>;
 
-    /// Σ x² over all tensors, in order, in f64.
+    /// Σ x² over all tensors of [`Backend::parameters`], in a fixed order, in f64.
     fn square_sum(&self, tensors: &[&Self::Tensor]) -> f64;
     /// One AdamW step on every parameter: `p −= lr·wd·p; m = β₁m + (1−β₁)g; v = β₂v + (1−β₂)g²;
     /// p −= lr/(1−β₁ᵗ) · m/(√v/√(1−β₂ᵗ) + ε)`.

@@ -7,12 +7,13 @@ use super::arguments::{self, ThreadArguments, command_line, shown};
 use super::console;
 use super::exit::{Exit, Failure};
 use super::run::Foreground;
+use crate::backend::Backend;
 use crate::checkpoint;
 use crate::config::spec::Spec;
 use crate::model::generate::Sampling;
 use crate::train::answer::{AnswerError, Answerer, Question};
 use crate::train::observer::Silent;
-use crate::train::prepare;
+use crate::train::device;
 use clap::Args;
 use serde::Deserialize;
 use serde_json::json;
@@ -170,7 +171,14 @@ fn answers(spec: &Spec, adapter: Option<&Path>, prompts: &[Prompt]) -> Result<Ve
         double_quant: spec.model.double_quant,
     };
     let cache = arguments::cache_dir()?;
-    let model = Answerer::load(prepare::cpu_backend(spec)?, question, &cache, &mut Silent)?;
+    // Why it is the CPU was said by the training.
+    let chosen = device::choose(spec.train.backend, spec.model.compute_dtype, &cache, &mut |_| {})?;
+    device::with_backend!(chosen, backend => {
+        answers_on(&Answerer::load(backend, question, &cache, &mut Silent)?, prompts)
+    })
+}
+
+fn answers_on<B: Backend>(model: &Answerer<B>, prompts: &[Prompt]) -> Result<Vec<String>, Failure> {
     let answer = |prompt: &Prompt| {
         let message = json!({"role": "user", "content": prompt.prompt});
         let tokens = model.tokenizer.encode_prompt(&[message], None)?;

@@ -24,6 +24,7 @@ Exit codes:
   1    error: a file, the disk, the model
   2    usage, or a mistake in the spec
   3    the run failed: its loss, gradient or adapter was not finite
+  4    the GPU failed, or cannot be used: --resume continues from the checkpoint
   8    nothing to do: the run had finished before
   9    limits: the plan does not fit (memory, energy, time)
   130  interrupted: --resume continues from the checkpoint";
@@ -39,12 +40,21 @@ pub enum Exit {
     Usage = 2,
     /// Loss, gradient or adapter was not finite.
     RunFailed = 3,
+    /// The GPU reported an error, or cannot be used.
+    Device = 4,
     /// The run had finished before.
     NothingToDo = 8,
     /// The plan does not fit: memory, energy, time.
     Limits = 9,
     /// Stopped by a signal; the state is in a checkpoint.
     Interrupted = 130,
+}
+
+impl Exit {
+    /// Of an error of the GPU.
+    pub fn of_device(error: &finetuned_cuda::Error) -> Exit {
+        if error.is_out_of_memory() { Exit::Limits } else { Exit::Device }
+    }
 }
 
 impl From<Exit> for ExitCode {
@@ -120,7 +130,11 @@ impl From<SpecError> for Failure {
 
 impl From<PrepareError> for Failure {
     fn from(error: PrepareError) -> Failure {
-        let exit = if matches!(error, PrepareError::Unfit { .. }) { Exit::Usage } else { Exit::Error };
+        let exit = match &error {
+            PrepareError::Unfit { .. } => Exit::Usage,
+            PrepareError::Device(error) => Exit::of_device(error),
+            _ => Exit::Error,
+        };
         let in_cache = match (&error, arguments::cache_dir()) {
             (PrepareError::Data(DataError::Write { path, .. }), Ok(cache)) => path.starts_with(cache),
             (PrepareError::Data(DataError::Store(_)), _) => true,
@@ -181,6 +195,7 @@ mod tests {
             Exit::Error,
             Exit::Usage,
             Exit::RunFailed,
+            Exit::Device,
             Exit::NothingToDo,
             Exit::Limits,
             Exit::Interrupted,

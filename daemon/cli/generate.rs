@@ -4,12 +4,13 @@ use super::arguments::{self, ThreadArguments};
 use super::console;
 use super::exit::{Exit, Failure};
 use super::progress::Progress;
-use crate::backend::cpu::Cpu;
+use crate::backend::Backend;
 use crate::clock::SystemClock;
-use crate::config::spec::Quantization;
+use crate::config::spec::{BackendChoice, ComputeDtype, Quantization};
 use crate::data::TokenizerError;
 use crate::model::generate::{Finish, Sampling};
 use crate::train::answer::{AnswerError, Answerer, Question};
+use crate::train::device;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::io::{self, Write};
@@ -46,6 +47,9 @@ pub struct GenerateArguments {
     /// How the base's weights are held; take what the adapter was trained with
     #[arg(long, value_name = "HOW", default_value = "nf4")]
     quantization: Weights,
+    /// Where to compute; `auto` takes the GPU where it is usable
+    #[arg(long, value_name = "WHERE", default_value = "auto")]
+    backend: Where,
     /// Continue the prompt as a plain text, without the chat template
     #[arg(long)]
     raw: bool,
@@ -63,6 +67,27 @@ enum Weights {
     Nf4,
     /// As stored
     None,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Where {
+    /// On the GPU where it is usable, else on the CPU
+    Auto,
+    /// On the CPU
+    Cpu,
+    /// On the GPU
+    Cuda,
+}
+
+impl From<Where> for BackendChoice {
+    fn from(choice: Where) -> BackendChoice {
+        match choice {
+            Where::Auto => BackendChoice::Auto,
+            Where::Cpu => BackendChoice::Cpu,
+            Where::Cuda => BackendChoice::Cuda,
+        }
+    }
 }
 
 fn temperature(text: &str) -> Result<f64, String> {
@@ -90,10 +115,18 @@ pub fn command(arguments: &GenerateArguments) -> Result<Exit, Failure> {
         double_quant: true,
     };
     let cache = arguments::cache_dir()?;
-    let clock = SystemClock::new();
-    let mut progress = Progress::of_preparation(&clock);
-    let model = Answerer::load(Cpu::<f32>::new(), question, &cache, &mut progress)?;
-    drop(progress); // the terminal belongs to the answer
+    let mut note = |text: String| console::message(&text);
+    let chosen = device::choose(arguments.backend.into(), ComputeDtype::Auto, &cache, &mut note)?;
+    device::with_backend!(chosen, backend => {
+        let clock = SystemClock::new();
+        let mut progress = Progress::of_preparation(&clock);
+        let model = Answerer::load(backend, question, &cache, &mut progress)?;
+        drop(progress); // the terminal belongs to the answer
+        answer(&model, arguments)
+    })
+}
+
+fn answer<B: Backend>(model: &Answerer<B>, arguments: &GenerateArguments) -> Result<Exit, Failure> {
     let prompt = if arguments.raw {
         model.tokenizer.encode_text(&arguments.prompt, true)
     } else {

@@ -27,6 +27,7 @@ mod spec;
 mod speed;
 mod worker;
 
+use crate::backend::cuda;
 use clap::{CommandFactory, Parser, Subcommand};
 use exit::{EXIT_CODES, Exit, Failure};
 use std::process::ExitCode;
@@ -116,6 +117,16 @@ pub fn declaration() -> clap::Command {
 /// Runs the command line.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let trains = matches!(arguments.command, Some(Command::Run(_)));
+    cuda::failure::set_last_word(Box::new(move |error| {
+        let exit = Exit::of_device(error);
+        let mut failure = Failure::new(anyhow::anyhow!("{error}")).exit(exit);
+        if trains {
+            failure = failure.help("nothing was written since the last checkpoint: --resume goes on from it");
+        }
+        failure.print();
+        exit as i32
+    }));
     let done = match &arguments.command {
         Some(command) => {
             console::listen();

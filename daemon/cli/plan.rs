@@ -8,16 +8,19 @@ use super::console;
 use super::exit::{Exit, Failure};
 use super::progress::Progress;
 use super::speed;
+use crate::backend::Backend;
 use crate::clock::{Clock, SystemClock, moment};
 use crate::config::daemon::DaemonConfig;
+use crate::config::spec::Spec;
 use crate::config::{ConfigError, Mode};
 use crate::plan::Speed;
 use crate::plan::page::Page;
 use crate::plan::throughput::Origin;
 use crate::scheduler::forecast::{self, Known, Outlook};
-use crate::train::{prepare, probe, survey};
+use crate::train::{device, prepare, probe, survey};
 use crate::units::Joules;
 use clap::Args;
+use std::path::Path;
 use jiff::ZonedDateTime;
 use std::path::PathBuf;
 
@@ -52,15 +55,30 @@ pub fn command(arguments: &PlanArguments) -> Result<Exit, Failure> {
     outlook.machine = speed::machine();
 
     let spec = arguments.spec.load()?;
-    let backend = prepare::cpu_backend(&spec)?;
+    let cache = arguments::cache_dir()?;
+    let mut note = |text: String| console::message(&text);
+    let chosen = device::choose(spec.train.backend, spec.model.compute_dtype, &cache, &mut note)?;
+    device::with_backend!(chosen, backend => {
+        plan(backend, &spec, arguments, outlook, &cache, before, &now)
+    })
+}
+
+fn plan<B: Backend>(
+    backend: B,
+    spec: &Spec,
+    arguments: &PlanArguments,
+    outlook: Outlook,
+    cache: &Path,
+    before: Option<jiff::Timestamp>,
+    now: &ZonedDateTime,
+) -> Result<Exit, Failure> {
     let clock = SystemClock::new();
     let mut progress = Progress::of_preparation(&clock);
-    let cache = arguments::cache_dir()?;
     let began = clock.monotonic();
-    let prepared = prepare::prepare(&spec, &cache, None, &mut progress)?;
+    let prepared = prepare::prepare(spec, cache, None, &mut progress)?;
     let prepared_in = (clock.monotonic() - began).as_secs_f64();
     drop(progress);
-    let survey = survey::survey(&spec, &backend, &prepared, prepare::available_memory(), prepared_in);
+    let survey = survey::survey(spec, &backend, &prepared, prepare::available_memory(&backend), prepared_in);
     let mut records = speed::known()?;
     let fits = survey.facts.memory.fits != Some(false);
     if arguments.probe && fits {
@@ -68,7 +86,7 @@ pub fn command(arguments: &PlanArguments) -> Result<Exit, Failure> {
             "probing: about ten seconds of computing, of which only the speed is kept (Ctrl-C ends it)",
         );
         let mut on = || false;
-        let measured = probe::probe(&spec, backend, prepared, &cache.join("probe"), &mut on, &clock);
+        let measured = probe::probe(spec, backend, prepared, &cache.join("probe"), &mut on, &clock);
         let measured = measured.map_err(Failure::new)?;
         let record = speed::record(measured, Origin::Probe, outlook.machine.clone());
         speed::remember(&record);
@@ -79,7 +97,7 @@ pub fn command(arguments: &PlanArguments) -> Result<Exit, Failure> {
         speed: Speed::of(&records, &survey.setup, &outlook.machine, None),
         probed: arguments.probe && fits,
     };
-    let page = forecast::page(survey, &known, &outlook, before, &now);
+    let page = forecast::page(survey, &known, &outlook, before, now);
     console::result(&if arguments.json { json(&page)? } else { page.text() })?;
     verdict(&page)
 }

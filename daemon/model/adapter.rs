@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use crate::backend::philox::Philox;
-use crate::backend::{Backend, Dropout, Lora};
+use crate::backend::{Backend, Dropout, Lora, Role};
 
 /// One of the seven linear layers of a block, in the order of the forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -196,15 +196,14 @@ pub struct Adapter<B: Backend> {
 
 impl<B: Backend> Adapter<B> {
     /// All zeros.
-    pub fn zeros(backend: &B, layout: &AdapterLayout) -> Self {
-        let tensors =
-            (0..layout.tensors()).map(|i| backend.zeros(layout.shape(i).iter().product::<usize>())).collect();
-        Self { tensors }
+    pub fn zeros(backend: &B, layout: &AdapterLayout, role: Role) -> Self {
+        let lens: Vec<usize> = (0..layout.tensors()).map(|i| layout.shape(i).iter().product()).collect();
+        Self { tensors: backend.parameters(&lens, role) }
     }
 
     /// Fresh weights.
     pub fn initial(backend: &B, layout: &AdapterLayout, seed: u64) -> Self {
-        let mut adapter = Self::zeros(backend, layout);
+        let mut adapter = Self::zeros(backend, layout, Role::Weights);
         for (i, tensor) in adapter.tensors.iter_mut().enumerate() {
             backend.write(tensor, &layout.initial(seed, i));
         }

@@ -76,7 +76,7 @@ impl<B: Backend> Kept<B> {
             k: zeros(kv),
             v: zeros(kv),
             attention: zeros(q),
-            log_sum: zeros(config.heads),
+            log_sum: backend.floats(tokens * config.heads),
             middle: zeros(config.hidden_size),
             gate: zeros(config.intermediate_size),
             up: zeros(config.intermediate_size),
@@ -180,7 +180,7 @@ impl<B: Backend> Decoder<B> {
     /// Takes a loaded base to a device.
     pub fn new(backend: B, base: Base) -> Self {
         let tensor = |values: &[f32]| {
-            let mut tensor = backend.zeros(values.len());
+            let mut tensor = backend.floats(values.len());
             backend.write(&mut tensor, values);
             tensor
         };

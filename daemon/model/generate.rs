@@ -244,7 +244,7 @@ mod tests {
     /// An adapter that changes something: both halves random.
     fn adapter(decoder: &Decoder<Cpu<f32>>) -> (AdapterLayout, Adapter<Cpu<f32>>) {
         let layout = AdapterLayout::new(&decoder.config, 4, 2.0, 0.1, &Module::ALL, None);
-        let mut adapter = Adapter::zeros(&decoder.backend, &layout);
+        let mut adapter = Adapter::zeros(&decoder.backend, &layout, crate::backend::Role::Weights);
         let mut random = Philox::new(3, 4);
         for (i, tensor) in adapter.tensors.iter_mut().enumerate() {
             let len = layout.shape(i).iter().product();

@@ -61,7 +61,8 @@ fn elements_per_token(config: &ModelConfig, layout: &AdapterLayout, recompute: b
     (hidden + kept, shared)
 }
 
-/// The plan of a run. `base` is what the base's matrices take, `scratch` what the backend's operations need for
+/// The plan of a run. `element` and `parameter` are the backend's sizes of an activation and of an adapter parameter
+/// with all that belongs to it, `base` is what the base's matrices take, `scratch` what the backend's operations need for
 /// `StepShape` at a time, `program` what the process holds besides (code, tokenizer).
 pub fn plan(
     config: &ModelConfig,
@@ -69,6 +70,7 @@ pub fn plan(
     batch: MicroBatch,
     recompute: bool,
     element: usize,
+    parameter: usize,
     base: Bytes,
     scratch: Bytes,
     program: Bytes,
@@ -81,7 +83,7 @@ pub fn plan(
     MemoryPlan {
         parts: vec![
             Part { name: "base", bytes: base },
-            Part { name: "adapter, gradients, optimizer", bytes: bytes(4 * parameters) },
+            Part { name: "adapter, gradients, optimizer", bytes: Bytes((parameter * parameters) as u64) },
             // Host copies of the adapter, the moments and (inside a step) the gradients, while they are written.
             Part { name: "checkpoint while written", bytes: Bytes(4 * 4 * parameters as u64) },
             Part { name: "activations", bytes: bytes(kept * batch.tokens) },

@@ -33,7 +33,7 @@ td,th{padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-a
 .u-leased,.u-inhibited,.u-busy,.u-memory-pressure,.u-preempted{fill:var(--lease)}.u-outside-window{fill:var(--hours)}.u-ramp-up{fill:var(--ramp)}\
 .u-no-run{fill:var(--none)}.u-off,.u-suspend,.u-clock-set,.u-shutdown,.u-daemon-restart,.u-daemon-lost{fill:var(--off)}\
 .u-user{fill:var(--person)}.u-sensor-lost,.u-settings-lost,.u-backoff,.u-early-stopping,.u-diverged,.u-storage,.u-invalid-input,.u-changed,\
-.u-does-not-fit,.u-out-of-memory,.u-crashed,.u-hung,.u-protocol,.u-launch,.u-other{fill:var(--fault)}";
+.u-does-not-fit,.u-out-of-memory,.u-crashed,.u-device,.u-hung,.u-protocol,.u-launch,.u-other{fill:var(--fault)}";
 
 /// Text of others inside the page: no tag, no attribute and no direction of writing comes out of it.
 pub fn escaped(text: &str) -> String {

@@ -176,6 +176,7 @@ pub fn remedy(reason: Reason) -> &'static str {
         | Reason::DoesNotFit
         | Reason::OutOfMemory
         | Reason::Crashed
+        | Reason::Device
         | Reason::Hung
         | Reason::Protocol
         | Reason::Launch => {

@@ -179,6 +179,7 @@ fn is_loss(reason: Reason) -> bool {
         reason,
         Reason::Backoff
             | Reason::Crashed
+            | Reason::Device
             | Reason::Hung
             | Reason::OutOfMemory
             | Reason::Protocol

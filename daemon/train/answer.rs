@@ -4,7 +4,7 @@
 //! character, and what a decoder prints for it may change with the next token, so [`TextStream`] holds back what ends
 //! in an incomplete character.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Role};
 use crate::checkpoint::{NamedTensor, PeftError, read_adapter};
 use crate::config::spec::{LoraSpec, Quantization};
 use crate::data::{ChatTokenizer, TokenizerError};
@@ -106,7 +106,7 @@ impl<B: Backend> Answerer<B> {
         };
         let base = Base::load(model, quantization, double_quant, &cache.join("bases"), &mut report)?;
         let decoder = Decoder::new(backend, base);
-        let mut adapter = Adapter::zeros(&decoder.backend, &layout);
+        let mut adapter = Adapter::zeros(&decoder.backend, &layout, Role::Weights);
         for (tensor, values) in adapter.tensors.iter_mut().zip(&values) {
             decoder.backend.write(tensor, values);
         }

@@ -2,6 +2,7 @@
 //! trained.
 
 pub mod answer;
+pub mod device;
 pub mod gate;
 pub mod observer;
 pub mod prepare;

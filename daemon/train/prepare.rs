@@ -1,9 +1,8 @@
 //! From a spec to everything a run computes with: tokens, base, adapter layout, memory plan.
 
-use crate::backend::cpu::{Cpu, simd};
-use crate::backend::{Backend, FrozenMatrix};
+use crate::backend::Backend;
 use crate::checkpoint::{AdapterConfig, NamedTensor, PeftError, read_adapter};
-use crate::config::spec::{BackendChoice, ComputeDtype, GradientCheckpointing, LoraSpec, Spec};
+use crate::config::spec::{GradientCheckpointing, LoraSpec, Spec};
 use crate::data::{
     self, ChatTokenizer, DataError, EpochPlan, PreparedData, Stage, TokenRows, TokenizerError,
 };
@@ -41,6 +40,9 @@ pub enum PrepareError {
         /// What is wrong and what to do.
         why: String,
     },
+    /// The GPU that was asked for, or that is there, cannot be used.
+    #[error("the GPU cannot be used: {0}")]
+    Device(#[source] finetuned_cuda::Error),
     /// The tokenizer makes ids that the model has no embedding for.
     #[error(
         "{base}: the tokenizer gave token {token}, but the model's vocabulary has {vocabulary} entries: \
@@ -234,33 +236,6 @@ pub fn in_layout_order(layout: &AdapterLayout, tensors: &[NamedTensor]) -> Resul
     if problems.is_empty() { Ok(values) } else { Err(problems.join("; ")) }
 }
 
-/// The backend that the spec asks for. Only the CPU is there so far.
-pub fn cpu_backend(spec: &Spec) -> Result<Cpu<f32>, PrepareError> {
-    if spec.train.backend == BackendChoice::Cuda {
-        return Err(PrepareError::Unfit {
-            key: "train.backend",
-            value: "\"cuda\"".into(),
-            why: "this build computes on the CPU only; use \"cpu\" or \"auto\"".into(),
-        });
-    }
-    Ok(match spec.model.compute_dtype {
-        ComputeDtype::Auto | ComputeDtype::Float32 => Cpu::new(),
-        ComputeDtype::Bfloat16 => Cpu::bfloat16(),
-    })
-}
-
-/// What this machine computes on, in words: `CPU (x86-64, AVX-512, 2 cores)`.
-pub fn device() -> String {
-    let vectors = match simd::isa() {
-        simd::Isa::Avx512 => "x86-64, AVX-512",
-        simd::Isa::Avx2 => "x86-64, AVX2",
-        simd::Isa::Baseline if cfg!(target_arch = "aarch64") => "aarch64, NEON",
-        simd::Isa::Baseline => "no vector extensions",
-    };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("CPU ({vectors}, {cores} {})", if cores == 1 { "core" } else { "cores" })
-}
-
 /// The largest micro-batch that a run can meet.
 pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     let longest = (0..data.train.len()).map(|i| data.train.row_len(i)).max().unwrap_or(0);
@@ -292,28 +267,13 @@ pub fn largest_micro_batch(spec: &Spec, data: &PreparedData) -> MicroBatch {
     MicroBatch { tokens: n * tokens, labelled: n * labelled.min(tokens), longest }
 }
 
-/// Bytes that a frozen matrix keeps in use while training.
-fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
-    match matrix {
-        FrozenMatrix::Dense(m) => m.data.as_bytes().len() as u64,
-        FrozenMatrix::Nf4(m) => {
-            let scales = match &m.absmax {
-                crate::backend::Absmax::Plain(blob) => blob.as_bytes().len(),
-                crate::backend::Absmax::Nested { codes, nested, .. } => {
-                    codes.as_bytes().len() + 4 * nested.len() + 1024
-                }
-            };
-            (m.codes.as_bytes().len() + scales) as u64
-        }
-    }
-}
-
 /// Bytes of the whole base.
-pub fn base_bytes(base: &Base) -> Bytes {
-    let mut bytes = matrix_bytes(&base.embedding) + base.lm_head.as_ref().map_or(0, matrix_bytes);
+pub fn base_bytes<B: Backend>(backend: &B, base: &Base) -> Bytes {
+    let of = |matrix| backend.matrix_bytes(matrix);
+    let mut bytes = of(&base.embedding) + base.lm_head.as_ref().map_or(0, of);
     for layer in &base.layers {
         for linear in [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down] {
-            bytes += matrix_bytes(&linear.weight) + linear.bias.as_ref().map_or(0, |b| 4 * b.len() as u64);
+            bytes += of(&linear.weight) + linear.bias.as_ref().map_or(0, |b| 4 * b.len() as u64);
         }
     }
     Bytes(bytes)
@@ -325,18 +285,18 @@ pub fn memory_plan<B: Backend>(spec: &Spec, backend: &B, prepared: &Prepared) ->
     let batch = largest_micro_batch(spec, &prepared.data);
     let config = &prepared.base.config;
     let scratch = Bytes(backend.scratch_bytes(memory::step_shape(config, &prepared.layout, batch)));
-    let base = base_bytes(&prepared.base);
+    let base = base_bytes(backend, &prepared.base);
     let program = resident_program();
     let plan = |recompute| {
-        let element = backend.activation_size();
-        memory::plan(config, &prepared.layout, batch, recompute, element, base, scratch, program)
+        let (element, parameter) = (backend.activation_size(), backend.parameter_size());
+        memory::plan(config, &prepared.layout, batch, recompute, element, parameter, base, scratch, program)
     };
     match spec.train.gradient_checkpointing {
         GradientCheckpointing::None => plan(false),
         GradientCheckpointing::Full => plan(true),
         GradientCheckpointing::Auto => {
             let keep = plan(false);
-            match available_memory() {
+            match available_memory(backend) {
                 Some(Bytes(available)) if keep.total().0 > available / 4 * 3 => plan(true),
                 _ => keep,
             }
@@ -344,14 +304,14 @@ pub fn memory_plan<B: Backend>(spec: &Spec, backend: &B, prepared: &Prepared) ->
     }
 }
 
-/// Memory that the kernel thinks can be taken without swapping.
-pub fn available_memory() -> Option<Bytes> {
-    memory_line("MemAvailable:")
+/// Memory that can be taken: the device's where it has its own, else what the kernel thinks can be taken without swapping.
+pub fn available_memory<B: Backend>(backend: &B) -> Option<Bytes> {
+    backend.memory().map(|memory| Bytes(memory.available)).or_else(|| memory_line("MemAvailable:"))
 }
 
-/// Memory of the machine.
-pub fn total_memory() -> Option<Bytes> {
-    memory_line("MemTotal:")
+/// Memory of the device, where it has its own, or of the machine.
+pub fn total_memory<B: Backend>(backend: &B) -> Option<Bytes> {
+    backend.memory().map(|memory| Bytes(memory.total)).or_else(|| memory_line("MemTotal:"))
 }
 
 fn memory_line(name: &str) -> Option<Bytes> {

@@ -13,6 +13,7 @@
 //! The result is a function of (base, data, spec, seed, backend): everything in [`TrainingState`] and the four sets of
 //! tensors is in the checkpoint, and nothing else influences a bit.
 
+use super::device;
 use super::gate::{Gate, Pace, Request};
 use super::observer::{EvaluationRecord, Event, Observer, StepRecord};
 use super::prepare::{self, PrepareError, Prepared};
@@ -220,20 +221,37 @@ pub fn run(
     if occupied && !resume {
         return Err(RunError::Occupied { output: paths.output.clone() });
     }
-    let backend = prepare::cpu_backend(spec)?;
+    let mut note = |text| observer.observe(Event::Note(text));
+    let chosen = device::choose(spec.train.backend, spec.model.compute_dtype, &paths.cache, &mut note)?;
+    device::with_backend!(chosen, backend => {
+        run_on(backend, spec, paths, resume, &checkpoints, gate, observer, clock, began)
+    })
+}
+
+fn run_on<B: Backend>(
+    backend: B,
+    spec: &Spec,
+    paths: &RunPaths,
+    resume: bool,
+    checkpoints: &Path,
+    gate: &mut dyn Gate,
+    observer: &mut dyn Observer,
+    clock: &dyn Clock,
+    began: Duration,
+) -> Result<Outcome, RunError> {
     let quarantine = paths.output.join("quarantine.jsonl");
     let prepared = prepare::prepare(spec, &paths.cache, Some(&quarantine), observer)?;
     let plan = prepare::memory_plan(spec, &backend, &prepared);
-    if let Some(total) = prepare::total_memory().filter(|total| plan.total() > *total) {
+    if let Some(total) = prepare::total_memory(&backend).filter(|total| plan.total() > *total) {
         return Err(RunError::TooLarge { needed: plan.total(), total });
     }
-    if let Some(available) = prepare::available_memory().filter(|available| plan.total() > *available) {
+    if let Some(available) = prepare::available_memory(&backend).filter(|available| plan.total() > *available) {
         observer.observe(Event::Note(format!(
             "the run takes {}, and {available} is available: `finetuned plan` says what would fit",
             plan.total()
         )));
     }
-    let store = Store::open(&checkpoints)?;
+    let store = Store::open(checkpoints)?;
     let run = Run::new(spec, paths, backend, prepared, plan, store, resume, observer)?;
     // Only now: a spec that a resume refuses must not replace the one that the results come from.
     checkpoint::atomic_write(&paths.output.join(RESOLVED_SPEC), spec.to_toml().as_bytes())?;

@@ -11,7 +11,7 @@
 //! two of them.
 
 use super::schedule::Schedule;
-use crate::backend::{AdamW, Backend, Batch, Parameter};
+use crate::backend::{AdamW, Backend, Batch, Parameter, Role};
 use crate::config::spec::TrainSpec;
 use crate::data::Sequence;
 use crate::model::adapter::{Adapter, AdapterLayout};
@@ -64,7 +64,7 @@ impl<B: Backend> Trainer<B> {
         recompute: bool,
     ) -> Self {
         let adapter = Adapter::initial(&decoder.backend, &layout, seed);
-        let zeros = || Adapter::zeros(&decoder.backend, &layout);
+        let zeros = || Adapter::zeros(&decoder.backend, &layout, Role::Sums);
         let (gradients, m, v) = (zeros(), zeros(), zeros());
         let work = Workspace::new(&decoder, &layout, capacity, recompute);
         Self { decoder, layout, adapter, gradients, m, v, work }
@@ -82,6 +82,8 @@ impl<B: Backend> Trainer<B> {
             &mut self.gradients,
             &mut self.work,
         );
+        // What is asked next is the gate, and whoever closes it wants the device at rest.
+        self.decoder.backend.synchronize();
         MicroStep {
             loss_sum: losses.iter().fold(loss_sum, |sum, loss| sum + loss),
             labelled: shape.labelled as u64,
@@ -141,9 +143,7 @@ impl<B: Backend> Trainer<B> {
             .map(|((value, gradient), (m, v))| Parameter::<B> { value, gradient, m, v })
             .collect();
         self.decoder.backend.adamw(constants, &mut parameters);
-        for gradient in &mut self.gradients.tensors {
-            self.decoder.backend.clear(gradient);
-        }
+        self.decoder.backend.clear_all(&mut self.gradients.tensors);
         Update { grad_norm: norm, learning_rate }
     }
 }

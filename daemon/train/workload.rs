@@ -42,7 +42,7 @@ pub fn setup<B: Backend>(
         packing: spec.data.packing,
         micro_batch: spec.train.micro_batch_size as u64,
         backend: backend.identity(),
-        device: prepare::device(),
+        device: backend.device(),
         threads: rayon::current_num_threads() as u64,
     }
 }

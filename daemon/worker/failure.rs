@@ -32,9 +32,20 @@ pub fn of_run(error: &RunError) -> Failed {
     Failed { reason, message: with_causes(error), retry }
 }
 
+/// Of a GPU that cannot go on. The next attempt has a new context; where memory ran out, there may be more of it then.
+pub fn of_device(error: &finetuned_cuda::Error) -> Failed {
+    let reason = if error.is_out_of_memory() { Reason::OutOfMemory } else { Reason::Device };
+    Failed { reason, message: shortened(error.to_string()), retry: true }
+}
+
 /// Of a spec that cannot be read.
 pub fn of_spec(error: &SpecError) -> Failed {
     Failed { reason: Reason::InvalidInput, message: with_causes(error), retry: false }
+}
+
+/// The exit code of a worker whose GPU cannot go on, as in docs/cli.md. The daemon goes by the report.
+pub fn exit_code(error: &finetuned_cuda::Error) -> i32 {
+    if error.is_out_of_memory() { 9 } else { 4 }
 }
 
 fn of_preparation(error: &PrepareError) -> (Reason, bool) {
@@ -43,6 +54,11 @@ fn of_preparation(error: &PrepareError) -> (Reason, bool) {
     }
     match error {
         PrepareError::Data(DataError::Write { .. } | DataError::Store(_)) => (Reason::Storage, true),
+        PrepareError::Device(error) => {
+            let failed = of_device(error);
+            // What is missing is not there the next time either.
+            (failed.reason, matches!(error, finetuned_cuda::Error::Cuda { .. }))
+        }
         _ => (Reason::InvalidInput, false),
     }
 }
@@ -94,15 +110,22 @@ mod tests {
         DataError::Write { path: "/cache/tokens".into(), source: io::Error::from_raw_os_error(errno) }.into()
     }
 
+    fn cuda(code: u32) -> finetuned_cuda::Error {
+        finetuned_cuda::Error::Cuda { during: "opening Orin".into(), code, name: "CUDA_ERROR".into() }
+    }
+
     #[test]
     fn every_error_has_its_reason() {
         let path = PathBuf::from("/runs/a");
         let unfit = PrepareError::Unfit { key: "lora.layers", value: "9".into(), why: "too many".into() };
-        let cases: [(RunError, Reason, bool); 9] = [
+        let cases: [(RunError, Reason, bool); 12] = [
             (write(libc::ENOSPC).into(), Reason::Storage, true),
             (write(libc::EDQUOT).into(), Reason::Storage, true),
             (write(libc::EACCES).into(), Reason::Storage, true),
             (write(libc::ENOMEM).into(), Reason::OutOfMemory, true),
+            (PrepareError::Device(finetuned_cuda::Error::NoDriver).into(), Reason::Device, false),
+            (PrepareError::Device(cuda(999)).into(), Reason::Device, true),
+            (PrepareError::Device(cuda(2)).into(), Reason::OutOfMemory, true),
             (unfit.into(), Reason::InvalidInput, false),
             (RunError::TooLarge { needed: Bytes(2), total: Bytes(1) }, Reason::DoesNotFit, false),
             (LockError::Held { directory: path.clone(), pid: Some(7) }.into(), Reason::Launch, true),

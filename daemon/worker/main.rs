@@ -21,11 +21,12 @@ use super::priorities::Priorities;
 use super::protocol::{Failed, Finished, ORPHANED, Ready, Report, SILENCE, Start, VERSION};
 use super::survey;
 use super::wire::{Input, Output, WireError};
+use crate::backend::cuda;
 use crate::checkpoint::LockError;
 use crate::clock::SystemClock;
 use crate::config::spec::Spec;
 use crate::reason::Reason;
-use crate::train::prepare;
+use crate::train::device;
 use crate::train::run::{Outcome, RunError, RunPaths, run};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -91,11 +92,18 @@ pub fn main(priorities: Priorities) -> Result<Ended, WorkerError> {
     let input = Input::new(stream, PATIENCE).map_err(system("set up the connection"))?;
     let link = Arc::new(Link::new(output, Box::new(SystemClock::new())));
 
-    link.say(&Report::Ready(Ready { version: VERSION, pid: std::process::id(), device: prepare::device() }));
+    link.say(&Report::Ready(Ready { version: VERSION, pid: std::process::id(), device: device::device() }));
     for text in refused {
         tracing::warn!("{text}");
         link.say(&Report::Note { text });
     }
+    let teller = link.clone();
+    cuda::failure::set_last_word(Box::new(move |error| {
+        let failed = failure::of_device(error);
+        tracing::error!("{}: {}", failed.reason, failed.message);
+        teller.last_word(&Report::Failed(failed));
+        failure::exit_code(error)
+    }));
     spawn("daemon", &link, move |link| listen(link, input))?;
     spawn("signals", &link, move |link| obey(link, signals))?;
     spawn("beat", &link, Link::beat)?;

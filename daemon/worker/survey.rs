@@ -8,21 +8,34 @@
 use super::failure;
 use super::link::{Link, PermitGate, Teller};
 use super::protocol::{Failed, Finished, Start, SurveyOrder};
+use crate::backend::Backend;
 use crate::config::spec::Spec;
 use crate::plan::Measured;
 use crate::train::gate::{Gate, Pace};
 use crate::train::observer::{Event, Observer};
 use crate::train::run::RunError;
-use crate::train::{prepare, probe, survey};
+use crate::train::{device, prepare, probe, survey};
 
 /// Prepares and surveys.
 pub fn survey(spec: &Spec, start: &Start, order: SurveyOrder, link: &Link) -> Result<Finished, Failed> {
     let failed = |error| failure::of_run(&RunError::Prepare(error));
-    let backend = prepare::cpu_backend(spec).map_err(failed)?;
+    let mut note = |text| Teller(link).observe(Event::Note(text));
+    let chosen = device::choose(spec.train.backend, spec.model.compute_dtype, &start.cache, &mut note);
+    device::with_backend!(chosen.map_err(failed)?, backend => survey_on(backend, spec, start, order, link))
+}
+
+fn survey_on<B: Backend>(
+    backend: B,
+    spec: &Spec,
+    start: &Start,
+    order: SurveyOrder,
+    link: &Link,
+) -> Result<Finished, Failed> {
+    let failed = |error| failure::of_run(&RunError::Prepare(error));
     let began = link.clock().monotonic();
     let prepared = prepare::prepare(spec, &start.cache, None, &mut Teller(link)).map_err(failed)?;
     let prepared_in = (link.clock().monotonic() - began).as_secs_f64();
-    let survey = survey::survey(spec, &backend, &prepared, prepare::available_memory(), prepared_in);
+    let survey = survey::survey(spec, &backend, &prepared, prepare::available_memory(&backend), prepared_in);
     let mut unmeasured = None;
     let mut measured = None;
     if order.probe && survey.facts.memory.fits != Some(false) {

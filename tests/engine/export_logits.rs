@@ -11,6 +11,7 @@ use finetuned::checkpoint::read_adapter;
 use finetuned::config::spec::Quantization;
 use finetuned::data::Sequence;
 use finetuned::model::adapter::AdapterLayout;
+use finetuned::backend::cpu::Cpu;
 use finetuned::model::decoder::Workspace;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -25,7 +26,7 @@ fn export_logits() {
         Ok("none") => Quantization::None,
         _ => Quantization::Nf4,
     };
-    let decoder = decoder::<f32>(&path("MODEL"), quantization, true);
+    let decoder = decoder(Cpu::<f32>::new(), &path("MODEL"), quantization, true);
     let (config, tensors) = read_adapter(&path("ADAPTER")).unwrap();
     let scale = if config.use_rslora { (config.r as f64).sqrt() } else { config.r as f64 };
     let layers = config.layers_to_transform.as_ref().map(|l| (l[0], l[l.len() - 1] + 1));

@@ -7,7 +7,7 @@ use super::support::*;
 use finetuned::backend::cpu::Cpu;
 use finetuned::backend::{
     Absmax, AttentionShape, Backend, Batch, Blob, DenseMatrix, Dropout, Dtype, FrozenMatrix, Lora,
-    Projection, ProjectionBackward, nf4,
+    Projection, ProjectionBackward, Role, nf4,
 };
 use finetuned::model::adapter::{Adapter, AdapterLayout, Module};
 use finetuned::model::config::ModelConfig;
@@ -349,13 +349,13 @@ fn the_decoder() {
         (vec![Module::Down], Some((0, 2)), 0.0),
     ] {
         let layout = AdapterLayout::new(&config, 2, 1.5, dropout, &modules, layers);
-        let mut adapter = Adapter::<Oracle>::zeros(&decoder.backend, &layout);
+        let mut adapter = Adapter::<Oracle>::zeros(&decoder.backend, &layout, Role::Weights);
         for (i, tensor) in adapter.tensors.iter_mut().enumerate() {
             *tensor = random(tensor.len(), 1000 + i as u64);
         }
         let mut results = Vec::new();
         for recompute in [false, true] {
-            let mut gradients = Adapter::zeros(&decoder.backend, &layout);
+            let mut gradients = Adapter::zeros(&decoder.backend, &layout, Role::Sums);
             let mut work = Workspace::new(&decoder, &layout, batch.len(), recompute);
             let losses =
                 decoder.loss_and_gradients(&batch, shape, &layout, &adapter, &mut gradients, &mut work);
@@ -363,7 +363,7 @@ fn the_decoder() {
         }
         assert_eq!(results[0], results[1], "recompute changed bits");
         let (_, gradients) = results.swap_remove(0);
-        let mut scratch = Adapter::zeros(&decoder.backend, &layout);
+        let mut scratch = Adapter::zeros(&decoder.backend, &layout, Role::Sums);
         let mut work = Workspace::new(&decoder, &layout, batch.len(), false);
         for (i, gradient) in gradients.iter().enumerate() {
             let start = adapter.tensors[i].clone();
@@ -392,7 +392,7 @@ fn batches_of_one_token_and_of_none() {
     let mut labelled = Batch::default();
     labelled.push(&[3], &[5], &[0], &[0, 1], 1);
     for (batch, loses) in [(Batch::default(), false), (one, false), (labelled, true)] {
-        let mut gradients = Adapter::zeros(&decoder.backend, &layout);
+        let mut gradients = Adapter::zeros(&decoder.backend, &layout, Role::Sums);
         let mut work = Workspace::new(&decoder, &layout, 4, false);
         let shape = BatchShape::of(&batch);
         let batch = decoder.batch(batch);

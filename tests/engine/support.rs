@@ -2,7 +2,8 @@
 
 use finetuned::backend::cpu::Cpu;
 use finetuned::backend::cpu::real::Real;
-use finetuned::backend::{Backend, Batch};
+use finetuned::backend::cuda::Cuda;
+use finetuned::backend::{Backend, Batch, Role};
 use finetuned::config::spec::Quantization;
 use finetuned::data::Sequence;
 use finetuned::model::adapter::{Adapter, AdapterLayout, Module};
@@ -45,12 +46,36 @@ pub fn relative_error(a: &[f64], b: &[f64]) -> f64 {
     if size == 0.0 { difference.sqrt() } else { (difference / size).sqrt() }
 }
 
-/// A model directory on the CPU backend.
-pub fn decoder<T: Real>(dir: &Path, quantization: Quantization, double_quant: bool) -> Decoder<Cpu<T>> {
+/// A backend whose results can be looked at.
+pub trait Values: Backend {
+    /// All values of an adapter's tensor.
+    fn values(&self, tensor: &Self::Tensor, len: usize) -> Vec<f64>;
+}
+
+impl<T: Real> Values for Cpu<T> {
+    fn values(&self, tensor: &Vec<T>, len: usize) -> Vec<f64> {
+        assert_eq!(tensor.len(), len);
+        tensor.iter().map(|v| v.to_f64()).collect()
+    }
+}
+
+impl Values for Cuda {
+    fn values(&self, tensor: &Self::Tensor, len: usize) -> Vec<f64> {
+        self.read(tensor, len).into_iter().map(f64::from).collect()
+    }
+}
+
+/// A model directory on a backend.
+pub fn decoder<B: Backend>(
+    backend: B,
+    dir: &Path,
+    quantization: Quantization,
+    double_quant: bool,
+) -> Decoder<B> {
     let cache = tempfile::tempdir().unwrap();
     let base = Base::load(dir, quantization, double_quant, cache.path(), &mut |_, _| {})
         .unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    Decoder::new(Cpu::new(), base)
+    Decoder::new(backend, base)
 }
 
 /// The modules with these names.
@@ -64,7 +89,7 @@ pub fn adapter<B: Backend>(
     layout: &AdapterLayout,
     values: &BTreeMap<String, Vec<f64>>,
 ) -> Adapter<B> {
-    let mut adapter = Adapter::zeros(backend, layout);
+    let mut adapter = Adapter::zeros(backend, layout, Role::Weights);
     assert_eq!(values.len(), layout.tensors());
     for (i, tensor) in adapter.tensors.iter_mut().enumerate() {
         let values: Vec<f32> = values[&layout.name(i)].iter().map(|&v| v as f32).collect();

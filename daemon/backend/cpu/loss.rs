@@ -81,15 +81,6 @@ impl<T: Real> Cpu<T> {
                 }
             }
         }
-        // Token by token in f64 within a sequence: one order.
-        let mut sums = vec![0.0; batch.sequence_keys.len()];
-        let mut sequence = 0;
-        for (&position, loss) in batch.labelled.iter().zip(losses) {
-            while position >= batch.sequence_offsets[sequence + 1] {
-                sequence += 1;
-            }
-            sums[sequence] += loss;
-        }
-        sums
+        batch.sum_by_sequence(&losses)
     }
 }

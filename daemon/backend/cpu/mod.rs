@@ -19,7 +19,8 @@ mod team;
 pub use matrix::CpuMatrix;
 
 use super::{
-    AdamW, AttentionShape, Backend, Batch, FrozenMatrix, Parameter, Projection, ProjectionBackward, StepShape,
+    AdamW, AttentionShape, Backend, Batch, FrozenMatrix, Parameter, Projection, ProjectionBackward, Role,
+    StepShape,
 };
 use crate::backend::cpu::gemm::{Output, Parallel, Strided};
 use elementwise::Angles;
@@ -75,6 +76,18 @@ impl<T: Real> Cpu<T> {
     fn strip(&self, len: usize) -> Scratch<'_, T> {
         self.scratch(len)
     }
+}
+
+/// What this machine's CPU is, in words: `CPU (x86-64, AVX-512, 2 cores)`.
+pub fn device() -> String {
+    let vectors = match simd::isa() {
+        simd::Isa::Avx512 => "x86-64, AVX-512",
+        simd::Isa::Avx2 => "x86-64, AVX2",
+        simd::Isa::Baseline if cfg!(target_arch = "aarch64") => "aarch64, NEON",
+        simd::Isa::Baseline => "no vector extensions",
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("CPU ({vectors}, {cores} {})", if cores == 1 { "core" } else { "cores" })
 }
 
 impl<T: Real> Default for Cpu<T> {
@@ -135,8 +148,20 @@ impl<T: Real> Backend for Cpu<T> {
         format!("cpu {compute} arithmetic {ARITHMETIC}{}", if fused { "" } else { " unfused" })
     }
 
+    fn device(&self) -> String {
+        device()
+    }
+
     fn activation_size(&self) -> usize {
         size_of::<T>()
+    }
+
+    fn parameter_size(&self) -> usize {
+        4 * size_of::<T>()
+    }
+
+    fn matrix_bytes(&self, matrix: &FrozenMatrix) -> u64 {
+        matrix.bytes()
     }
 
     fn scratch_bytes(&self, s: StepShape) -> u64 {
@@ -166,6 +191,14 @@ impl<T: Real> Backend for Cpu<T> {
         vec![T::ZERO; len]
     }
 
+    fn floats(&self, len: usize) -> Vec<T> {
+        self.zeros(len)
+    }
+
+    fn parameters(&self, lens: &[usize], _: Role) -> Vec<Vec<T>> {
+        lens.iter().map(|&len| self.zeros(len)).collect()
+    }
+
     fn write(&self, tensor: &mut Vec<T>, values: &[f32]) {
         tensor.iter_mut().zip(values).for_each(|(t, &v)| *t = T::from_f32(v));
     }
@@ -174,9 +207,11 @@ impl<T: Real> Backend for Cpu<T> {
         tensor[..len].iter().map(|v| v.to_f32()).collect()
     }
 
-    fn clear(&self, tensor: &mut Vec<T>) {
-        tensor.fill(T::ZERO);
+    fn clear_all(&self, tensors: &mut [Vec<T>]) {
+        tensors.iter_mut().for_each(|tensor| tensor.fill(T::ZERO));
     }
+
+    fn synchronize(&self) {}
 
     fn matrix(&self, matrix: FrozenMatrix) -> CpuMatrix {
         CpuMatrix { frozen: matrix, round: self.bf16 }

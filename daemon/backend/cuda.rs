@@ -1,0 +1,789 @@
+//! The CUDA backend: a thin adapter from [`Backend`] to `finetuned-cuda`, which knows shapes and buffers, not models.
+//!
+//! | | type |
+//! |---|---|
+//! | activations and their gradients | bf16 |
+//! | adapter: master weights, gradients, moments; weights of norms, biases, log-sums | f32; a bf16 copy of the weights for the products |
+//! | base | NF4 codes in the kernels' order, or bf16 |
+//! | sums | fp32, or fp64 where the CPU's are |
+//!
+//! Memory comes from few large allocations, all of it before the second step. Operations are launched on one stream and
+//! return before they are done; [`Backend::cross_entropy`] and [`Backend::synchronize`] wait. An error of CUDA ends the
+//! process ([`failure`]).
+
+mod batch;
+pub mod failure;
+mod tensor;
+
+pub use batch::CudaBatch;
+pub use tensor::{CudaMatrix, CudaTensor};
+
+use super::{
+    Absmax, AdamW, AttentionShape, Backend, Batch, DenseMatrix, DeviceMemory, Dtype, FrozenMatrix, Nf4Matrix,
+    Projection, ProjectionBackward, Role, StepShape,
+};
+use batch::{Buffers, Pool, room};
+use finetuned_cuda::cubins::Cubins;
+use finetuned_cuda::driver::Driver;
+use finetuned_cuda::memory::Slabs;
+use finetuned_cuda::ops::{
+    adamw, adapter_gradient, attention, cached_attention, cross_entropy, dropout, elementwise, linear, nf4,
+    rms_norm, rope, rows, swiglu,
+};
+use finetuned_cuda::{Buffer, Device, Element, Error};
+use half::bf16;
+use std::cell::RefCell;
+use std::sync::Arc;
+use tensor::{Flat, Parameter, whole};
+
+/// Number of the arithmetic, as `cpu::ARITHMETIC`: raised by hand when a kernel's sums change their order or a formula
+/// changes. `cuda_bits_are_those_of_this_arithmetic` in `tests/engine/cuda.rs` fails when the bits change and this does
+/// not.
+pub const ARITHMETIC: u32 = 1;
+
+/// Memory that is left to everybody else where device memory is the system's: `memory_floor` of the daemon, by default.
+const FLOOR: u64 = 1 << 30;
+
+/// Logits that exist at a time, as on the CPU: 32 MiB of f32.
+const LOGITS: usize = 8 << 20;
+
+/// Layers that share an input: q, k and v.
+const GROUP: usize = 3;
+
+/// The CUDA backend.
+pub struct Cuda {
+    device: Device,
+    compilers: String,
+    slabs: RefCell<Slabs>,
+    scratch: RefCell<Scratch>,
+    pool: Pool,
+    angles: RefCell<Option<Angles>>,
+    /// The longest example that was announced.
+    longest: RefCell<usize>,
+}
+
+/// Rotary angles of positions below a number.
+struct Angles {
+    table: rope::Angles,
+    frequencies: Vec<f32>,
+    magnitude: f32,
+}
+
+/// A buffer that is as long as the longest use so far needed it.
+struct Grown<T>(Option<Buffer<T>>);
+
+impl<T: Element> Grown<T> {
+    fn at_least(&mut self, slabs: &RefCell<Slabs>, len: usize) -> &mut Buffer<T> {
+        if self.0.as_ref().is_none_or(|buffer| buffer.len() < len) {
+            self.0 = None; // goes back before more is taken
+        }
+        self.0.get_or_insert_with(|| done(slabs.borrow_mut().buffer(len)))
+    }
+}
+
+impl<T> Default for Grown<T> {
+    fn default() -> Self {
+        Grown(None)
+    }
+}
+
+/// What operations use beside their arguments.
+#[derive(Default)]
+struct Scratch {
+    linear: linear::Scratch,
+    partials: Grown<f32>,
+    attention: Grown<f32>,
+    logits: Grown<f32>,
+    losses: Grown<f64>,
+    /// G of the layers of a group.
+    down: [Grown<bf16>; GROUP],
+    /// drop(X) of the layers of a group.
+    dropped: [Grown<bf16>; GROUP],
+    row: Grown<bf16>,
+    squares: Grown<f64>,
+}
+
+/// Elements of each part of [`Scratch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sizes {
+    dequantised: usize,
+    partials: usize,
+    attention: usize,
+    logits: usize,
+    losses: usize,
+    down: usize,
+    dropped: [usize; GROUP],
+    row: usize,
+}
+
+impl Sizes {
+    fn of(s: StepShape) -> Sizes {
+        let q = s.heads * s.head_dim;
+        let widest = s.intermediate.max(s.hidden).max(q);
+        let dropped = |width| if s.dropout { s.tokens * width } else { 0 };
+        let rows = chunk(s.vocabulary).min(s.labelled);
+        Sizes {
+            dequantised: linear::scratch_elements(s.hidden * s.intermediate.max(q)),
+            partials: adapter_gradient::scratch_elements(s.tokens, s.tokens.div_ceil(s.longest.max(1)), s.rank, widest),
+            attention: attention::scratch_elements(s.tokens, s.heads),
+            logits: rows * cross_entropy::stride(s.vocabulary),
+            losses: s.labelled,
+            down: s.tokens * s.rank,
+            dropped: [dropped(widest), dropped(s.hidden), dropped(s.hidden)],
+            row: s.hidden,
+        }
+    }
+
+    fn bytes(self, tokens: usize) -> u64 {
+        let halves = self.dequantised + GROUP * self.down + self.dropped.iter().sum::<usize>() + self.row;
+        let floats = self.partials + self.attention + self.logits;
+        (2 * halves + 4 * floats + 8 * self.losses + tokens * Buffers::TOKEN) as u64
+    }
+}
+
+/// Labelled tokens whose logits exist at a time: a multiple of eight, so that each chunk begins where vectors can be read.
+fn chunk(vocabulary: usize) -> usize {
+    (LOGITS / vocabulary.max(1)).clamp(16, 512) / 8 * 8
+}
+
+/// What an operation returned, or the end of the process.
+fn done<T>(result: Result<T, Error>) -> T {
+    result.unwrap_or_else(|error| failure::end(&error))
+}
+
+impl Cuda {
+    /// A backend on the first GPU. `cubins` says where its kernels come from.
+    ///
+    /// # Errors
+    /// What is missing, or what CUDA said.
+    pub fn open(cubins: &Cubins) -> Result<Cuda, Error> {
+        let driver = Driver::open(0, cubins)?;
+        let compilers = driver.compilers().join(" ");
+        Ok(Cuda::new(Device::new(driver), &compilers))
+    }
+
+    /// A backend on `device`, whose kernels `compilers` made.
+    pub fn new(device: Device, compilers: &str) -> Cuda {
+        let kept = if device.properties().integrated { FLOOR } else { 0 };
+        Cuda {
+            slabs: RefCell::new(Slabs::new(&device, kept)),
+            device,
+            compilers: compilers.to_string(),
+            scratch: RefCell::default(),
+            pool: Pool::default(),
+            angles: RefCell::new(None),
+            longest: RefCell::new(0),
+        }
+    }
+
+    fn buffer<T: Element>(&self, len: usize) -> Buffer<T> {
+        done(self.slabs.borrow_mut().buffer(len))
+    }
+
+    /// A buffer of zeros.
+    fn cleared<T: Element>(&self, len: usize) -> Buffer<T> {
+        let mut buffer = self.buffer(len);
+        done(buffer.fill(0));
+        buffer
+    }
+
+    fn upload<T: Element>(&self, values: &[T]) -> Buffer<T> {
+        let mut buffer = self.buffer(values.len());
+        done(buffer.write(values));
+        buffer
+    }
+
+    fn nf4(&self, matrix: &Nf4Matrix) -> linear::Matrix {
+        let Nf4Matrix { rows, cols, block, codes, absmax } = matrix;
+        let absmax = match absmax {
+            Absmax::Plain(values) => nf4::Absmax::Plain(self.upload(&floats(values.as_bytes()))),
+            Absmax::Nested { codes, map, nested, nested_block, offset } => nf4::Absmax::Nested {
+                codes: self.upload(codes.as_bytes()),
+                map: self.upload(&map[..]),
+                nested: self.upload(nested),
+                nested_block: *nested_block,
+                offset: *offset,
+            },
+        };
+        // As they are stored, only for as long as they are brought into the kernels' order.
+        let stored = done(Buffer::from_slice(&self.device, codes.as_bytes()));
+        let packed = self.buffer(linear::Matrix::packed_bytes(*rows, *cols, *block));
+        let matrix = done(linear::Matrix::nf4(*rows, *cols, *block, &stored, packed, absmax));
+        done(self.device.synchronize());
+        matrix
+    }
+
+    /// `drop(X)` of the projections that drop it out, each in its own buffer.
+    fn drop_inputs<'a>(
+        &self,
+        batch: &CudaBatch,
+        inputs: usize,
+        x: &Buffer<bf16>,
+        dropouts: impl Iterator<Item = Option<super::Dropout>>,
+        buffers: &'a mut [Grown<bf16>; GROUP],
+    ) -> [Option<&'a Buffer<bf16>>; GROUP] {
+        let mut dropped = [None; GROUP];
+        for ((slot, buffer), wanted) in dropped.iter_mut().zip(buffers).zip(dropouts) {
+            let Some(super::Dropout { probability, module }) = wanted else { continue };
+            let out = buffer.at_least(&self.slabs, batch.len() * inputs);
+            done(dropout::dropout(&batch.sequences, inputs, probability, module, x, out));
+            *slot = Some(&*out);
+        }
+        dropped
+    }
+
+    fn with_angles<R>(
+        &self,
+        batch: &CudaBatch,
+        frequencies: &[f32],
+        magnitude: f32,
+        f: impl FnOnce(&rope::Angles) -> R,
+    ) -> R {
+        let wanted = batch.end();
+        let mut angles = self.angles.borrow_mut();
+        let fits = |angles: &Angles| {
+            angles.table.longest() >= wanted
+                && angles.frequencies == frequencies
+                && angles.magnitude == magnitude
+        };
+        if !angles.as_ref().is_some_and(fits) {
+            // A text that is generated grows by a token at a time: not a table for each.
+            let longest = wanted.max(*self.longest.borrow()).next_power_of_two();
+            *angles = None;
+            *angles = Some(Angles {
+                table: done(rope::Angles::new(&self.device, longest, frequencies, magnitude)),
+                frequencies: frequencies.to_vec(),
+                magnitude,
+            });
+        }
+        match &*angles {
+            Some(angles) => f(&angles.table),
+            None => unreachable!("made above"),
+        }
+    }
+}
+
+/// Little-endian floats.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect()
+}
+
+/// A dense matrix in bf16.
+fn halves(matrix: &DenseMatrix) -> Vec<bf16> {
+    let bytes = matrix.data.as_bytes();
+    match matrix.dtype {
+        Dtype::Bf16 => bytes.as_chunks().0.iter().map(|&half| bf16::from_le_bytes(half)).collect(),
+        Dtype::F32 => floats(bytes).into_iter().map(bf16::from_f32).collect(),
+        Dtype::F16 => {
+            let halves = bytes.as_chunks().0.iter();
+            halves.map(|&half| bf16::from_f32(half::f16::from_le_bytes(half).to_f32())).collect()
+        }
+    }
+}
+
+fn attention_shape(batch: &CudaBatch, shape: AttentionShape) -> attention::Shape {
+    attention::Shape {
+        tokens: batch.len(),
+        heads: shape.heads,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+        scale: shape.scale as f32,
+        window: shape.window,
+        sequences: batch.examples(),
+        longest: batch.longest,
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = CudaTensor;
+    type Matrix = CudaMatrix;
+    type Batch = CudaBatch;
+
+    fn identity(&self) -> String {
+        let sm = self.device.properties().sm;
+        format!("cuda bfloat16 arithmetic {ARITHMETIC} sm_{sm} {}", self.compilers)
+    }
+
+    fn device(&self) -> String {
+        describe(self.device.properties())
+    }
+
+    fn activation_size(&self) -> usize {
+        2
+    }
+
+    fn parameter_size(&self) -> usize {
+        4 * 4 + 2
+    }
+
+    fn matrix_bytes(&self, matrix: &FrozenMatrix) -> u64 {
+        match matrix {
+            FrozenMatrix::Dense(m) => 2 * (m.rows * m.cols) as u64,
+            FrozenMatrix::Nf4(m) => {
+                linear::Matrix::packed_bytes(m.rows, m.cols, m.block) as u64 + m.absmax.bytes()
+            }
+        }
+    }
+
+    fn memory(&self) -> Option<DeviceMemory> {
+        let properties = self.device.properties();
+        let own = !properties.integrated;
+        own.then(|| DeviceMemory { total: properties.memory, available: done(self.device.free_memory()) })
+    }
+
+    fn scratch_bytes(&self, shape: StepShape) -> u64 {
+        Sizes::of(shape).bytes(shape.tokens)
+    }
+
+    fn reserve(&self, shape: StepShape) {
+        let sizes = Sizes::of(shape);
+        let mut scratch = self.scratch.borrow_mut();
+        let Scratch { linear, partials, attention, logits, losses, down, dropped, row, squares } =
+            &mut *scratch;
+        done(linear.reserve(&mut self.slabs.borrow_mut(), sizes.dequantised));
+        partials.at_least(&self.slabs, sizes.partials);
+        attention.at_least(&self.slabs, sizes.attention);
+        logits.at_least(&self.slabs, sizes.logits);
+        losses.at_least(&self.slabs, sizes.losses);
+        for (buffer, len) in dropped.iter_mut().zip(sizes.dropped) {
+            buffer.at_least(&self.slabs, len);
+        }
+        for buffer in down {
+            buffer.at_least(&self.slabs, sizes.down);
+        }
+        row.at_least(&self.slabs, sizes.row);
+        squares.at_least(&self.slabs, adamw::PARTIALS);
+        let buffers = done(room(&self.pool, &mut self.slabs.borrow_mut(), shape.tokens));
+        self.pool.borrow_mut().push(buffers);
+        *self.longest.borrow_mut() = shape.longest;
+    }
+
+    fn zeros(&self, len: usize) -> CudaTensor {
+        CudaTensor::Activation(self.cleared(len))
+    }
+
+    fn floats(&self, len: usize) -> CudaTensor {
+        CudaTensor::Float(self.cleared(len))
+    }
+
+    fn parameters(&self, lens: &[usize], role: Role) -> Vec<CudaTensor> {
+        let starts: Vec<usize> = lens
+            .iter()
+            .scan(0, |next, len| {
+                let start = *next;
+                *next = (start + len).next_multiple_of(Flat::ALIGNMENT);
+                Some(start)
+            })
+            .collect();
+        let end = starts.last().zip(lens.last()).map_or(0, |(start, len)| start + len);
+        let flat = Arc::new(Flat {
+            value: self.cleared(end),
+            working: (role == Role::Weights).then(|| self.cleared(end)),
+            parts: lens.len(),
+        });
+        let part = |(index, (&start, &len)): (usize, (&usize, &usize))| {
+            CudaTensor::Parameter(Parameter {
+                value: done(flat.value.slice(start, len)),
+                working: flat.working.as_ref().map(|working| done(working.slice(start, len))),
+                flat: flat.clone(),
+                index,
+            })
+        };
+        starts.iter().zip(lens).enumerate().map(part).collect()
+    }
+
+    fn write(&self, tensor: &mut CudaTensor, values: &[f32]) {
+        let len = values.len();
+        match tensor {
+            CudaTensor::Activation(buffer) => {
+                let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+                done(buffer.write(&values));
+            }
+            CudaTensor::Float(buffer) => done(buffer.write(values)),
+            CudaTensor::Parameter(Parameter { value, working, .. }) => {
+                done(value.write(values));
+                if let Some(working) = working {
+                    done(elementwise::cast_to_bf16(len, value, working));
+                }
+            }
+        }
+    }
+
+    fn read(&self, tensor: &CudaTensor, len: usize) -> Vec<f32> {
+        match tensor {
+            CudaTensor::Activation(buffer) => done(buffer.read(len)).into_iter().map(bf16::to_f32).collect(),
+            CudaTensor::Float(buffer) | CudaTensor::Parameter(Parameter { value: buffer, .. }) => {
+                done(buffer.read(len))
+            }
+        }
+    }
+
+    fn clear_all(&self, tensors: &mut [CudaTensor]) {
+        if let Some(flat) = whole(&*tensors) {
+            done(flat.value.share().fill(0));
+        }
+    }
+
+    fn synchronize(&self) {
+        done(self.device.synchronize());
+    }
+
+    fn matrix(&self, matrix: FrozenMatrix) -> CudaMatrix {
+        match &matrix {
+            FrozenMatrix::Nf4(matrix) => CudaMatrix { weight: self.nf4(matrix), rows: None },
+            FrozenMatrix::Dense(dense) => {
+                let values = self.upload(&halves(dense));
+                let rows = Some(values.share());
+                CudaMatrix { weight: done(linear::Matrix::dense(dense.rows, dense.cols, values)), rows }
+            }
+        }
+    }
+
+    fn batch(&self, batch: Batch) -> CudaBatch {
+        let wanted = batch.len().max(batch.sequence_keys.len());
+        let buffers = done(room(&self.pool, &mut self.slabs.borrow_mut(), wanted));
+        done(CudaBatch::new(batch, buffers, self.pool.clone()))
+    }
+
+    fn embed(&self, batch: &CudaBatch, table: &CudaMatrix, hidden: usize, out: &mut CudaTensor) {
+        let Some(table) = &table.rows else { unreachable!("tables of embeddings are not quantised") };
+        done(rows::gather(batch.len(), hidden, &batch.tokens, table, out.activation_mut()));
+    }
+
+    fn add(&self, len: usize, x: &CudaTensor, y: &mut CudaTensor) {
+        done(elementwise::add(len, x.activation(), y.activation_mut()));
+    }
+
+    fn rms_norm(
+        &self,
+        rows: usize,
+        cols: usize,
+        x: &CudaTensor,
+        weight: &CudaTensor,
+        epsilon: f64,
+        y: &mut CudaTensor,
+    ) {
+        let shape = rms_norm::Shape { rows, cols, epsilon: epsilon as f32 };
+        done(rms_norm::rms_norm(shape, x.activation(), weight.float(), y.activation_mut()));
+    }
+
+    fn rms_norm_backward(
+        &self,
+        rows: usize,
+        cols: usize,
+        x: &CudaTensor,
+        weight: &CudaTensor,
+        epsilon: f64,
+        dy: &CudaTensor,
+        dx: &mut CudaTensor,
+        accumulate: bool,
+    ) {
+        let shape = rms_norm::Shape { rows, cols, epsilon: epsilon as f32 };
+        let (x, dy, dx) = (x.activation(), dy.activation(), dx.activation_mut());
+        done(rms_norm::rms_norm_backward(shape, x, weight.float(), dy, dx, accumulate));
+    }
+
+    fn linear(
+        &self,
+        batch: &CudaBatch,
+        inputs: usize,
+        x: &CudaTensor,
+        projections: &mut [Projection<'_, Self>],
+    ) {
+        let x = x.activation();
+        let mut scratch = self.scratch.borrow_mut();
+        let Scratch { linear, dropped, .. } = &mut *scratch;
+        let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
+        let dropped = self.drop_inputs(batch, inputs, x, dropouts, dropped);
+        let mut parts: Vec<linear::Forward<'_>> = projections
+            .iter_mut()
+            .zip(dropped)
+            .map(|(p, input)| linear::Forward {
+                weight: &p.weight.weight,
+                bias: p.bias.map(CudaTensor::float),
+                lora: p.lora.as_ref().zip(p.down.as_deref_mut()).map(|(lora, down)| linear::Lora {
+                    a: lora.a.working(),
+                    b: lora.b.working(),
+                    rank: lora.rank,
+                    scale: lora.scale as f32,
+                    down: down.activation_mut(),
+                    input,
+                }),
+                y: p.output.as_deref_mut().map(CudaTensor::activation_mut),
+            })
+            .collect();
+        done(linear::forward(batch.len(), inputs, x, &mut parts, linear));
+    }
+
+    fn linear_backward(
+        &self,
+        batch: &CudaBatch,
+        inputs: usize,
+        x: &CudaTensor,
+        projections: &mut [ProjectionBackward<'_, Self>],
+        dx: Option<&mut CudaTensor>,
+    ) {
+        let (m, x) = (batch.len(), x.activation());
+        let mut scratch = self.scratch.borrow_mut();
+        let Scratch { linear, dropped, down, partials, .. } = &mut *scratch;
+        let mut gradients: Vec<Option<&mut Buffer<bf16>>> = down
+            .iter_mut()
+            .zip(&*projections)
+            .map(|(buffer, p)| p.lora.as_ref().map(|lora| buffer.at_least(&self.slabs, m * lora.rank)))
+            .collect();
+        let mut parts: Vec<linear::Backward<'_>> = projections
+            .iter()
+            .zip(&mut gradients)
+            .map(|(p, gradient)| linear::Backward {
+                weight: &p.weight.weight,
+                dy: p.output_gradient.activation(),
+                lora: p.lora.as_ref().zip(gradient.as_deref_mut()).map(|(lora, gradient)| {
+                    linear::LoraBackward {
+                        a: lora.a.working(),
+                        b: lora.b.working(),
+                        rank: lora.rank,
+                        scale: lora.scale as f32,
+                        gradient,
+                        dropout: lora.dropout.map(|dropout| linear::Mask {
+                            sequences: &batch.sequences,
+                            probability: dropout.probability,
+                            module: dropout.module,
+                        }),
+                    }
+                }),
+            })
+            .collect();
+        done(linear::input_gradient(m, inputs, &mut parts, dx.map(CudaTensor::activation_mut), linear));
+        drop(parts);
+        let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
+        let dropped = self.drop_inputs(batch, inputs, x, dropouts, dropped);
+        let mut parts: Vec<adapter_gradient::Part<'_>> = projections
+            .iter_mut()
+            .zip(gradients)
+            .zip(dropped)
+            .filter_map(|((p, gradient), input)| {
+                Some(adapter_gradient::Part {
+                    outputs: p.weight.weight.shape().0,
+                    rank: p.lora.as_ref()?.rank,
+                    dy: p.output_gradient.activation(),
+                    down: p.down?.activation(),
+                    gradient: gradient?,
+                    input,
+                    da: p.a_gradient.as_deref_mut().map(CudaTensor::float_mut),
+                    db: p.b_gradient.as_deref_mut().map(CudaTensor::float_mut),
+                })
+            })
+            .collect();
+        let partials = partials.at_least(&self.slabs, 0);
+        done(adapter_gradient::adapter_gradients(&batch.sequences, inputs, x, &mut parts, partials));
+    }
+
+    fn rope(
+        &self,
+        batch: &CudaBatch,
+        heads: usize,
+        head_dim: usize,
+        frequencies: &[f32],
+        magnitude: f32,
+        inverse: bool,
+        x: &mut CudaTensor,
+    ) {
+        debug_assert_eq!(2 * frequencies.len(), head_dim);
+        self.with_angles(batch, frequencies, magnitude, |angles| {
+            let x = x.activation_mut();
+            done(rope::rope(angles, &batch.positions, batch.len(), heads, 0, inverse, x, None));
+        });
+    }
+
+    fn attention(
+        &self,
+        batch: &CudaBatch,
+        shape: AttentionShape,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        out: &mut CudaTensor,
+        log_sum: &mut CudaTensor,
+    ) {
+        let shape = attention_shape(batch, shape);
+        let (q, k, v) = (q.activation(), k.activation(), v.activation());
+        let (out, log_sum) = (out.activation_mut(), log_sum.float_mut());
+        done(attention::forward(shape, &batch.cu_seqlens, q, k, v, out, log_sum));
+    }
+
+    fn attention_backward(
+        &self,
+        batch: &CudaBatch,
+        shape: AttentionShape,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        out: &CudaTensor,
+        log_sum: &CudaTensor,
+        dout: &CudaTensor,
+        dq: &mut CudaTensor,
+        dk: &mut CudaTensor,
+        dv: &mut CudaTensor,
+    ) {
+        let shape = attention_shape(batch, shape);
+        let mut scratch = self.scratch.borrow_mut();
+        let len = attention::scratch_elements(shape.tokens, shape.heads);
+        let scratch = scratch.attention.at_least(&self.slabs, len);
+        done(attention::backward(
+            shape,
+            &batch.cu_seqlens,
+            q.activation(),
+            k.activation(),
+            v.activation(),
+            out.activation(),
+            log_sum.float(),
+            dout.activation(),
+            scratch,
+            dq.activation_mut(),
+            dk.activation_mut(),
+            dv.activation_mut(),
+        ));
+    }
+
+    fn attention_cached(
+        &self,
+        shape: AttentionShape,
+        rows: usize,
+        past: usize,
+        q: &CudaTensor,
+        k_cache: &CudaTensor,
+        v_cache: &CudaTensor,
+        out: &mut CudaTensor,
+    ) {
+        let (q, k, v) = (q.activation(), k_cache.activation(), v_cache.activation());
+        let shape = cached_attention::Shape {
+            rows,
+            past,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            scale: shape.scale as f32,
+            window: shape.window,
+        };
+        let mut scratch = self.scratch.borrow_mut();
+        let scratch = scratch.attention.at_least(&self.slabs, cached_attention::scratch_elements(&shape));
+        done(cached_attention::cached_attention(&shape, q, k, v, scratch, out.activation_mut()));
+    }
+
+    fn copy_into(&self, len: usize, source: &CudaTensor, destination: &mut CudaTensor, offset: usize) {
+        done(destination.activation_mut().copy_from(source.activation(), len, offset));
+    }
+
+    fn swiglu(&self, len: usize, gate: &CudaTensor, up: &CudaTensor, out: &mut CudaTensor) {
+        done(swiglu::swiglu(len, gate.activation(), up.activation(), out.activation_mut()));
+    }
+
+    fn swiglu_backward(&self, len: usize, dout: &CudaTensor, gate: &mut CudaTensor, up: &mut CudaTensor) {
+        let (gate, up) = (gate.activation_mut(), up.activation_mut());
+        done(swiglu::swiglu_backward(len, dout.activation(), gate, up));
+    }
+
+    fn gather_labelled(&self, batch: &CudaBatch, cols: usize, x: &CudaTensor, out: &mut CudaTensor) {
+        let rows = batch.labelled_positions();
+        done(rows::gather(rows, cols, &batch.labelled, x.activation(), out.activation_mut()));
+    }
+
+    fn scatter_labelled(&self, batch: &CudaBatch, cols: usize, x: &CudaTensor, out: &mut CudaTensor) {
+        let rows = batch.labelled_positions();
+        let (x, out) = (x.activation(), out.activation_mut());
+        done(rows::scatter(rows, cols, batch.len(), &batch.labelled, x, out));
+    }
+
+    fn cross_entropy(
+        &self,
+        batch: &CudaBatch,
+        hidden: usize,
+        h: &CudaTensor,
+        head: &CudaMatrix,
+        dh: Option<&mut CudaTensor>,
+    ) -> Vec<f64> {
+        let vocabulary = head.weight.shape().0;
+        let (count, stride) = (batch.labelled_positions(), cross_entropy::stride(vocabulary));
+        let step = chunk(vocabulary);
+        let mut scratch = self.scratch.borrow_mut();
+        let Scratch { linear, logits, losses, .. } = &mut *scratch;
+        let logits = logits.at_least(&self.slabs, step.min(count) * stride);
+        let losses = losses.at_least(&self.slabs, count);
+        let mut dh = dh.map(CudaTensor::activation_mut);
+        for first in (0..count).step_by(step) {
+            let rows = (count - first).min(step);
+            let h = done(h.activation().slice(first * hidden, rows * hidden));
+            done(linear::logits(rows, hidden, &h, &head.weight, logits, stride, linear));
+            let targets = done(batch.targets.slice(first, rows));
+            let mut loss = done(losses.slice(first, rows));
+            done(cross_entropy::cross_entropy(rows, vocabulary, logits, &targets, &mut loss, dh.is_some()));
+            if let Some(dh) = dh.as_deref_mut() {
+                let mut dh = done(dh.slice(first * hidden, rows * hidden));
+                done(linear::logits_gradient(rows, hidden, logits, stride, &head.weight, &mut dh, linear));
+            }
+        }
+        let losses = done(losses.read(count));
+        batch.sum_by_sequence(&losses)
+    }
+
+    fn logits(&self, hidden: usize, h: &CudaTensor, row: usize, head: &CudaMatrix) -> Vec<f32> {
+        let vocabulary = head.weight.shape().0;
+        let stride = cross_entropy::stride(vocabulary);
+        let mut scratch = self.scratch.borrow_mut();
+        let Scratch { linear, logits, row: copy, .. } = &mut *scratch;
+        // A row of its own begins where vectors can be read.
+        let copy = copy.at_least(&self.slabs, hidden);
+        done(copy.copy_from(&done(h.activation().slice(row * hidden, hidden)), hidden, 0));
+        let logits = logits.at_least(&self.slabs, stride);
+        done(linear::logits(1, hidden, copy, &head.weight, logits, stride, linear));
+        done(logits.read(vocabulary))
+    }
+
+    fn square_sum(&self, tensors: &[&CudaTensor]) -> f64 {
+        let Some(flat) = whole(tensors.iter().copied()) else { return 0.0 };
+        let mut scratch = self.scratch.borrow_mut();
+        let partials = scratch.squares.at_least(&self.slabs, adamw::PARTIALS);
+        let parts = done(adamw::square_sum(flat.value.len(), &flat.value, partials));
+        done(partials.read(parts)).iter().sum()
+    }
+
+    fn adamw(&self, constants: AdamW, parameters: &mut [super::Parameter<'_, Self>]) {
+        let Some(value) = whole(parameters.iter().map(|p| &*p.value)) else { return };
+        let (Some(gradient), Some(m), Some(v)) = (
+            whole(parameters.iter().map(|p| p.gradient)),
+            whole(parameters.iter().map(|p| &*p.m)),
+            whole(parameters.iter().map(|p| &*p.v)),
+        ) else {
+            return;
+        };
+        let Some(working) = &value.working else { unreachable!("weights have a copy for the products") };
+        let step = adamw::Step {
+            learning_rate: constants.learning_rate,
+            beta1: constants.beta1,
+            beta2: constants.beta2,
+            epsilon: constants.epsilon,
+            weight_decay: constants.weight_decay,
+            step: constants.step,
+            scale: constants.gradient_scale,
+            max_norm: 0.0, // the trainer has clipped
+        };
+        let mut parameters = adamw::Parameters {
+            value: value.value.share(),
+            working: working.share(),
+            m: m.value.share(),
+            v: v.value.share(),
+        };
+        let mut scratch = self.scratch.borrow_mut();
+        let partials = scratch.squares.at_least(&self.slabs, adamw::PARTIALS + 32);
+        let mut norm = done(partials.slice(adamw::PARTIALS, 1));
+        let mut partials = done(partials.slice(0, adamw::PARTIALS));
+        let len = value.value.len();
+        done(adamw::adamw(step, len, &gradient.value, &mut parameters, &mut partials, &mut norm));
+    }
+}
+
+/// A GPU in words: `GPU (Orin, sm_87, 16 SMs at 1300 MHz)`.
+pub fn describe(properties: &finetuned_cuda::Properties) -> String {
+    let finetuned_cuda::Properties { name, sm, multiprocessors, clock_khz, .. } = properties;
+    format!("GPU ({name}, sm_{sm}, {multiprocessors} SMs at {} MHz)", clock_khz / 1000)
+}
