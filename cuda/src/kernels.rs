@@ -69,6 +69,16 @@ kernels! {
         square_sum 256 threads, 0 shared, 40 registers, 6 blocks;
         adamw 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "attention_any.cu" {
+        attention_any_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dq_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dq_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dkv_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dkv_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_delta_4 128 threads, 0 shared, 40 registers, 12 blocks;
+        attention_delta_1 128 threads, 0 shared, 40 registers, 12 blocks;
+    }
     "cross_entropy.cu" {
         cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
         cross_entropy_gradient 512 threads, 0 shared, 40 registers, 3 blocks;
