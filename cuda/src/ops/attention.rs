@@ -12,6 +12,8 @@ use half::bf16;
 pub const MOST_HEAD_DIM: usize = 512;
 /// Warps of a block of `attention_any.cu`: a query or a key each, a row of `delta` each.
 const WARPS: usize = 4;
+/// Tokens of a block of the kernels with tiles (`ROWS` in `attention_tiles.cuh`).
+const ROWS: usize = 64;
 
 /// Attention inside the examples of a packed batch. q, out `[tokens, heads, head_dim]`, k, v
 /// `[tokens, kv_heads, head_dim]`, log_sum `[tokens, heads]`.
@@ -100,14 +102,38 @@ impl Shape {
         self.tokens == 0 || self.sequences == 0 || self.heads == 0
     }
 
-    /// Dynamic shared memory of `attention_any.cu`: for each warp two rows and two chunks of weights.
-    fn workspace(&self) -> u32 {
-        (WARPS * (2 * self.head_dim + 2 * 32) * size_of::<f32>()) as u32
+    /// The kernels for heads of this width.
+    fn kernels(&self) -> Kernels {
+        let tiled = |forward, dkv, dq| Kernels { forward, dkv, dq, rows: ROWS, shared: None };
+        // For each warp two rows and two chunks of 32 weights.
+        let shared = (WARPS * (2 * self.head_dim + 2 * 32) * size_of::<f32>()) as u32;
+        let any = |forward, dkv, dq| Kernels { forward, dkv, dq, rows: WARPS, shared: Some(shared) };
+        use kernels as k;
+        match self.head_dim {
+            64 => tiled(&k::attention_64, &k::attention_dkv_64, &k::attention_dq_64),
+            128 => tiled(&k::attention_128, &k::attention_dkv_128, &k::attention_dq_128),
+            d if d.is_multiple_of(8) => {
+                any(&k::attention_any_8, &k::attention_any_dkv_8, &k::attention_any_dq_8)
+            }
+            _ => any(&k::attention_any_1, &k::attention_any_dkv_1, &k::attention_any_dq_1),
+        }
     }
+}
 
-    /// One of two kernels: by runs of `run` elements, where heads are made of them.
-    fn by_runs(&self, run: usize, by_runs: &'static Kernel, by_elements: &'static Kernel) -> &'static Kernel {
-        if self.head_dim.is_multiple_of(run) { by_runs } else { by_elements }
+/// The kernels that serve a width of heads. A sum's order is a function of the width, so there is no other choice.
+struct Kernels {
+    forward: &'static Kernel,
+    dkv: &'static Kernel,
+    dq: &'static Kernel,
+    /// Tokens of a block.
+    rows: usize,
+    /// Dynamic shared memory, where it is not that of the table.
+    shared: Option<u32>,
+}
+
+impl Kernels {
+    fn shared(&self, kernel: &Kernel) -> u32 {
+        self.shared.unwrap_or(kernel.dynamic_shared)
     }
 }
 
@@ -143,10 +169,14 @@ pub fn forward(
         cu_seqlens.input(),
         Argument::Struct(bytemuck::bytes_of(&raw)),
     ];
-    let kernel = shape.by_runs(8, &kernels::attention_any_8, &kernels::attention_any_1);
-    let grid = shape.grid(operation, WARPS, shape.heads)?;
-    let shared = shape.workspace();
-    q.device().launch(&Launch { kernel, grid, shared, arguments: &arguments, within: &[] })
+    let kernels = shape.kernels();
+    q.device().launch(&Launch {
+        kernel: kernels.forward,
+        grid: shape.grid(operation, kernels.rows, shape.heads)?,
+        shared: kernels.shared(kernels.forward),
+        arguments: &arguments,
+        within: &[],
+    })
 }
 
 /// The gradients of [`forward`] from its inputs, its results and the gradient of `out`; all three `=`.
@@ -186,7 +216,11 @@ pub fn backward(
     }
     let device = q.device();
     device.launch(&Launch {
-        kernel: shape.by_runs(4, &kernels::attention_delta_4, &kernels::attention_delta_1),
+        kernel: if shape.head_dim.is_multiple_of(4) {
+            &kernels::attention_delta_4
+        } else {
+            &kernels::attention_delta_1
+        },
         grid: [operation.blocks(rows, WARPS)?, 1, 1],
         shared: 0,
         arguments: &[
@@ -208,19 +242,12 @@ pub fn backward(
         cu_seqlens.input(),
         Argument::Struct(bytemuck::bytes_of(&raw)),
     ];
-    let with = |outputs: &[Argument<'static>]| outputs.iter().chain(&inputs).copied().collect::<Vec<_>>();
-    device.launch(&Launch {
-        kernel: shape.by_runs(8, &kernels::attention_any_dkv_8, &kernels::attention_any_dkv_1),
-        grid: shape.grid(operation, WARPS, shape.kv_heads)?,
-        shared: shape.workspace(),
-        arguments: &with(&[dk.output(), dv.output()]),
-        within: &[],
-    })?;
-    device.launch(&Launch {
-        kernel: shape.by_runs(8, &kernels::attention_any_dq_8, &kernels::attention_any_dq_1),
-        grid: shape.grid(operation, WARPS, shape.heads)?,
-        shared: shape.workspace(),
-        arguments: &with(&[dq.output()]),
-        within: &[],
-    })
+    let kernels = shape.kernels();
+    let launch = |kernel, heads, outputs: &[Argument<'static>]| {
+        let arguments: Vec<_> = outputs.iter().chain(&inputs).copied().collect();
+        let (grid, shared) = (shape.grid(operation, kernels.rows, heads)?, kernels.shared(kernel));
+        device.launch(&Launch { kernel, grid, shared, arguments: &arguments, within: &[] })
+    };
+    launch(kernels.dkv, shape.kv_heads, &[dk.output(), dv.output()])?;
+    launch(kernels.dq, shape.heads, &[dq.output()])
 }

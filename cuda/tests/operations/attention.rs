@@ -209,3 +209,15 @@ fn other_widths_are_those_of_double_precision() {
         case(&[17, 1, 40], heads, kv_heads, head_dim).check();
     }
 }
+
+/// Lengths on both sides of a tile, packed.
+const LENGTHS: [&[usize]; 6] = [&[], &[1], &[17, 1], &[64], &[65, 3, 130], &[0, 130, 0, 1]];
+
+#[test]
+fn heads_of_64_and_128_are_those_of_double_precision() {
+    for lengths in LENGTHS {
+        for (head_dim, heads, kv_heads) in [(64, 2, 1), (128, 1, 1)] {
+            case(lengths, heads, kv_heads, head_dim).check();
+        }
+    }
+}
