@@ -1,4 +1,6 @@
-use crate::harness::{Outputs, ReadBack, close, everywhere, poisoned, random, relative_error, round, upload};
+use crate::harness::{
+    Outputs, ReadBack, close, counted, everywhere, poisoned, random, relative_error, round, upload,
+};
 use finetuned_cuda::ops::attention::{Shape, backward, forward, scratch_elements};
 use finetuned_cuda::{Buffer, Device, Error};
 
@@ -80,6 +82,11 @@ impl Case {
             v: random(keys, 3),
             dout: random(queries, 4),
         }
+    }
+
+    /// The same with that window.
+    fn within(self, window: usize) -> Case {
+        Case { window: Some(window), ..self }
     }
 
     /// The formula, with `r` applied to what a chain of tensor operations would store: scores, probabilities and
@@ -201,23 +208,213 @@ impl Case {
     }
 }
 
+/// Lengths on both sides of a tile, packed.
+#[test]
+fn heads_of_64_and_128_are_those_of_double_precision() {
+    for lengths in [&[][..], &[1], &[17, 1], &[64], &[65, 3, 130], &[0, 130, 0, 1]] {
+        for (head_dim, heads, kv_heads) in [(64, 2, 1), (128, 1, 1)] {
+            case(lengths, heads, kv_heads, head_dim).check();
+        }
+    }
+}
+
 #[test]
 fn other_widths_are_those_of_double_precision() {
     for (head_dim, heads, kv_heads) in
         [(4, 2, 1), (5, 3, 3), (16, 14, 2), (80, 2, 2), (96, 4, 1), (256, 1, 1)]
     {
-        case(&[17, 1, 40], heads, kv_heads, head_dim).check();
+        case(&[17, 0, 1, 40], heads, kv_heads, head_dim).check();
+    }
+    case(&[130, 65], 1, 1, 16).check();
+    case(&[64], 2, 1, 80).check();
+}
+
+/// Query heads share a head of keys, whose gradient is the sum over them.
+#[test]
+fn heads_of_a_group_are_summed() {
+    for (heads, kv_heads, head_dim) in [(4, 2, 128), (4, 1, 64), (14, 2, 64)] {
+        case(&[70, 17], heads, kv_heads, head_dim).check();
     }
 }
 
-/// Lengths on both sides of a tile, packed.
-const LENGTHS: [&[usize]; 6] = [&[], &[1], &[17, 1], &[64], &[65, 3, 130], &[0, 130, 0, 1]];
+/// A window of one key, windows smaller and larger than a tile; tiles of which a row has seen nothing yet.
+#[test]
+fn a_window_hides_what_lies_behind_it() {
+    for window in [1, 16, 70] {
+        for head_dim in [16, 64, 128] {
+            case(&[130, 33], 1, 1, head_dim).within(window).check();
+        }
+    }
+    case(&[200], 1, 1, 64).within(usize::MAX).check();
+}
+
+/// Scores of several hundred, whose exponentials are no floats.
+#[test]
+fn large_scores_do_not_overflow() {
+    for head_dim in [16, 64, 128] {
+        Case { size: 10.0, ..case(&[130, 1], 1, 1, head_dim) }.check();
+    }
+}
+
+/// More examples than a warp has lanes, some of them empty.
+#[test]
+fn many_examples_are_found() {
+    let lengths: Vec<usize> = (0..70).map(|i| i * 7 % 5).collect();
+    for head_dim in [16, 64, 128] {
+        case(&lengths, 1, 1, head_dim).check();
+    }
+}
+
+/// Alone, or anywhere in a batch whose other examples are not even numbers: the same bits.
+#[test]
+fn a_result_is_a_function_of_its_example() {
+    let length = 70;
+    for (head_dim, window) in [(64, None), (128, None), (128, Some(16)), (80, None)] {
+        let alone = Case { window, ..case(&[length], 2, 1, head_dim) };
+        let x = alone.inputs();
+        for (before, behind) in [(0, 64), (3, 0), (65, 130)] {
+            let batch = Case { lengths: vec![before, length, behind], ..alone.clone() };
+            // Rows of so many elements a token.
+            let between = |values: &[f64]| {
+                let row = values.len() / length;
+                [&vec![f64::NAN; before * row][..], values, &vec![f64::NAN; behind * row]].concat()
+            };
+            let [q, k, v, dout] = [&x.q, &x.k, &x.v, &x.dout].map(|values| between(values));
+            let all = Inputs { q, k, v, dout };
+            everywhere(
+                |device| {
+                    let (alone, batch) = (alone.run(device, &x)?, batch.run(device, &all)?);
+                    Ok(alone.into_iter().chain(batch).collect())
+                },
+                |device, outputs| {
+                    let (alone, batch) = outputs.split_at(outputs.len() / 2);
+                    for ((name, alone), (_, batch)) in alone.iter().zip(batch) {
+                        let alone = alone.f64();
+                        let of_example = alone.len() - BEHIND;
+                        let first = of_example / length * before;
+                        let found = &batch.f64()[first..first + of_example];
+                        assert!(
+                            found
+                                .iter()
+                                .zip(&alone)
+                                .all(|(a, b)| a.to_bits() == b.to_bits() && a.is_finite()),
+                            "{device}: {name} of {alone:?} depends on what surrounds it ({before}, {behind})"
+                        );
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// A NaN reaches what depends on it, and no earlier query.
+#[test]
+fn what_is_not_a_number_is_not_hidden() {
+    for head_dim in [64, 128, 16] {
+        let case = case(&[70], 1, 1, head_dim);
+        let mut x = case.inputs();
+        x.q[66 * head_dim] = f64::NAN;
+        everywhere(
+            |device| case.run(device, &x),
+            |device, outputs| {
+                for row in 0..70 {
+                    let out = &outputs[0].1.f64()[row * head_dim..][..head_dim];
+                    let log_sum = outputs[1].1.f64()[row];
+                    assert!(out.iter().all(|v| v.is_nan() == (row == 66)), "{device}: row {row}");
+                    assert!(log_sum.is_nan() == (row == 66), "{device}: row {row}");
+                }
+            },
+        );
+    }
+}
+
+/// Products are made for tiles that some query of the tile sees, and for no others; each reads a tile of keys and values
+/// once; what crosses the bus is every row once; the banks are never in each other's way.
+#[test]
+fn tiles_that_nobody_sees_are_not_visited() {
+    // Tiles of 64 queries × 64 keys; and for the gradient of the keys in heads of 128, of 32 queries × 64 keys.
+    for (lengths, window, tiles, narrow_tiles) in [
+        (&[256][..], None, 1 + 2 + 3 + 4, 8 + 6 + 4 + 2),
+        (&[130, 64], None, 1 + 2 + 3 + 1, 5 + 3 + 1 + 2),
+        (&[256], Some(16), 1 + 2 + 2 + 2, 3 + 3 + 3 + 2),
+        (&[256], Some(1), 4, 2 + 2 + 2 + 2),
+    ] {
+        for head_dim in [64, 128] {
+            let case = Case { window, ..case(lengths, 2, 1, head_dim) };
+            let Some(counters) = counted(|device| case.run(device, &case.inputs()).map(|_| ())) else {
+                return;
+            };
+            let what = format!("{case:?}");
+            let name = |kernel: &str| counters[&format!("{kernel}{head_dim}")[..]];
+            let (forward, dkv, dq) = (name("attention_"), name("attention_dkv_"), name("attention_dq_"));
+            // Of 64 × 64 × head_dim multiplications and additions, 2048 an instruction.
+            let product = 2 * head_dim as u64;
+            assert_eq!(forward.mma, 2 * 2 * tiles * product, "{what}");
+            assert_eq!(dq.mma, 2 * 3 * tiles * product, "{what}");
+            let halves = if head_dim == 64 { 2 * tiles } else { narrow_tiles };
+            assert_eq!(dkv.mma, 2 * 4 * halves * product / 2, "{what}");
+            for (kernel, found) in &counters {
+                assert_eq!(found.bank_conflicts, 0, "{kernel} of {what}");
+            }
+            // A row is 2·head_dim bytes.
+            let (row, tokens) = (2 * head_dim as u64, case.tokens() as u64);
+            let offsets = 32 * 2;
+            // q and out of two heads, k, v; log_sum.
+            assert!(forward.bus_bytes() <= tokens * (6 * row + 2 * 4) + offsets, "{what}");
+            // k, v, dk, dv, q and dout of two heads; log_sum, delta.
+            assert!(dkv.bus_bytes() <= tokens * (8 * row + 2 * 8) + offsets, "{what}");
+            // q, dout, dq of two heads, k, v; log_sum, delta.
+            assert!(dq.bus_bytes() <= tokens * (8 * row + 2 * 8) + offsets, "{what}");
+            // Whole sectors of results are written once.
+            assert_eq!(dkv.global_store_sectors, tokens * 2 * row / 32, "{what}");
+            assert_eq!(dq.global_store_sectors, tokens * 2 * row / 32, "{what}");
+            if lengths == [256] {
+                // Four warps (eight) of every block read the offsets.
+                let offsets = |warps: u64| 4 * 2 * warps * 8;
+                assert_eq!(
+                    forward.global_load_bytes,
+                    2 * (tokens + tiles * 128) * row + offsets(4),
+                    "{what}"
+                );
+                assert_eq!(
+                    dq.global_load_bytes,
+                    2 * (2 * tokens + tiles * 128) * row + 2 * tokens * 4 * 8 + offsets(4),
+                    "{what}"
+                );
+                assert_eq!(
+                    dkv.global_load_bytes,
+                    2 * tokens * row + 2 * halves * 32 * (2 * row + 8) + offsets(8) / 2,
+                    "{what}"
+                );
+            }
+        }
+    }
+}
 
 #[test]
-fn heads_of_64_and_128_are_those_of_double_precision() {
-    for lengths in LENGTHS {
-        for (head_dim, heads, kv_heads) in [(64, 2, 1), (128, 1, 1)] {
-            case(lengths, heads, kv_heads, head_dim).check();
-        }
+fn what_does_not_fit_is_refused_by_name() {
+    let Some(simt) = crate::harness::simt() else { return };
+    let device = simt.device();
+    let good = case(&[5], 2, 1, 64).shape();
+    let call = |shape: Shape, q: usize, offsets: usize| {
+        let offsets = Buffer::from_slice(&device, &vec![0; offsets]).unwrap();
+        let [q, k, v] = [q, 320, 320].map(|len| poisoned(&device, len));
+        let (mut out, mut log_sum) = (poisoned(&device, 640), poisoned(&device, 10));
+        forward(shape, &offsets, &q, &k, &v, &mut out, &mut log_sum).unwrap_err().to_string()
+    };
+    for (shape, q, offsets, said) in [
+        (Shape { heads: 3, kv_heads: 2, ..good }, 640, 2, "3 heads of queries cannot share 2 of keys"),
+        (Shape { kv_heads: 0, ..good }, 640, 2, "2 heads of queries cannot share 0"),
+        (Shape { head_dim: 0, ..good }, 640, 2, "heads of 0 elements"),
+        (Shape { head_dim: 513, ..good }, 640, 2, "heads of 513 elements, not of 1 to 512"),
+        (Shape { scale: 0.0, ..good }, 640, 2, "a scale of 0"),
+        (Shape { scale: f32::NAN, ..good }, 640, 2, "a scale of NaN"),
+        (Shape { window: Some(0), ..good }, 640, 2, "a window of 0"),
+        (Shape { tokens: usize::MAX, ..good }, 640, 2, "the number of tokens is"),
+        (good, 639, 2, "q has 639 elements, 640 are needed"),
+        (good, 640, 1, "cu_seqlens has 1 elements, 2 are needed"),
+    ] {
+        let error = call(shape, q, offsets);
+        assert!(error.starts_with("attention: ") && error.contains(said), "{error}");
     }
 }
