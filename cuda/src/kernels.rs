@@ -69,6 +69,28 @@ kernels! {
         square_sum 256 threads, 0 shared, 40 registers, 6 blocks;
         adamw 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    // Two blocks of heads of 128 fill the shared memory of an SM: up to 255 registers cost no block. The forward pass
+    // does without; the gradient of the queries keeps the fragments of q and of dout beside its sums.
+    "attention.cu" {
+        attention_64 128 threads, 32768 shared, 128 registers, 4 blocks;
+        attention_128 128 threads, 65536 shared, 168 registers, 2 blocks;
+    }
+    "attention_any.cu" {
+        attention_any_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dq_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dq_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dkv_8 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_any_dkv_1 128 threads, 17408 shared, 128 registers, 4 blocks;
+        attention_delta_4 128 threads, 0 shared, 40 registers, 12 blocks;
+        attention_delta_1 128 threads, 0 shared, 40 registers, 12 blocks;
+    }
+    "attention_backward.cu" {
+        attention_dkv_64 256 threads, 66560 shared, 128 registers, 2 blocks;
+        attention_dkv_128 256 threads, 74240 shared, 128 registers, 2 blocks;
+        attention_dq_64 128 threads, 32768 shared, 168 registers, 3 blocks;
+        attention_dq_128 128 threads, 65536 shared, 240 registers, 2 blocks;
+    }
     "cross_entropy.cu" {
         cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
         cross_entropy_gradient 512 threads, 0 shared, 40 registers, 3 blocks;

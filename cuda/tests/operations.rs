@@ -15,6 +15,8 @@
 
 #[path = "operations/adamw.rs"]
 mod adamw;
+#[path = "operations/attention.rs"]
+mod attention;
 #[path = "operations/cross_entropy.rs"]
 mod cross_entropy;
 #[path = "operations/dropout.rs"]

@@ -4,6 +4,7 @@
 //! nothing to do. `M` is the number of tokens; a buffer may be longer than its shape and is used from the front.
 
 pub mod adamw;
+pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
