@@ -7,6 +7,7 @@ pub mod adamw;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
+pub mod linear;
 pub mod nf4;
 pub mod rms_norm;
 pub mod rope;
