@@ -7,6 +7,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
+#define __grid_constant__
 
 #define threadIdx (simt::machine().current->index)
 #define blockIdx (simt::machine().block)

@@ -105,6 +105,34 @@ kernels! {
         cast_to_bf16 256 threads, 0 shared, 40 registers, 6 blocks;
         cast_to_f32 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "gemm.cu" {
+        gemm_nt_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
+        gemm_nt_64x64 128 threads, 32768 shared, 128 registers, 4 blocks;
+        gemm_nt_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
+        gemm_nt_f32_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
+        gemm_nt_f32_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
+        gemm_nn_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
+        gemm_nn_64x64 128 threads, 32768 shared, 128 registers, 4 blocks;
+        gemm_nn_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
+        gemm_nt_64x16 128 threads, 20480 shared, 80 registers, 6 blocks;
+        gemm_nn_64x16 128 threads, 20480 shared, 80 registers, 6 blocks;
+        gemm_nt_general 128 threads, 0 shared, 128 registers, 4 blocks;
+        gemm_nt_f32_general 128 threads, 0 shared, 128 registers, 4 blocks;
+        gemm_nn_general 128 threads, 0 shared, 128 registers, 4 blocks;
+        gemm_nn_narrow_general 128 threads, 0 shared, 128 registers, 4 blocks;
+    }
+    "gemm_nf4.cu" {
+        gemm_nf4_nt_128x128 256 threads, 57344 shared, 128 registers, 2 blocks;
+        gemm_nf4_nt_64x64 128 threads, 28672 shared, 128 registers, 4 blocks;
+        gemm_nf4_nt_32x64 128 threads, 20480 shared, 128 registers, 4 blocks;
+        gemm_nf4_nn_128x128 256 threads, 57344 shared, 128 registers, 2 blocks;
+        gemm_nf4_nn_64x64 128 threads, 28672 shared, 128 registers, 4 blocks;
+        gemm_nf4_nn_32x64 128 threads, 20480 shared, 128 registers, 4 blocks;
+    }
+    "gemm_pack.cu" {
+        gemm_pack 256 threads, 0 shared, 40 registers, 6 blocks;
+        gemm_unpack 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
     "nf4.cu" {
         nf4_dequantize 256 threads, 0 shared, 40 registers, 6 blocks;
         nf4_quantize_f32 256 threads, 0 shared, 40 registers, 6 blocks;

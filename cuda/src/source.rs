@@ -18,11 +18,11 @@ macro_rules! sources {
 }
 
 /// What the kernels include.
-pub const HEADERS: &[Source] = sources!["attention.cuh" "attention_tiles.cuh" "device.cuh" "nf4.cuh" "philox.cuh" "ptx.cuh" "reduce.cuh" "vector.cuh"];
+pub const HEADERS: &[Source] = sources!["attention.cuh" "attention_tiles.cuh" "device.cuh" "gemm.cuh" "gemm_units.cuh" "nf4.cuh" "philox.cuh" "ptx.cuh" "reduce.cuh" "vector.cuh"];
 
 /// One operation a file. A test compares both lists with the directory.
 pub const FILES: &[Source] = sources![
-    "adamw.cu" "attention.cu" "attention_any.cu" "attention_backward.cu" "cross_entropy.cu" "dropout.cu" "elementwise.cu" "nf4.cu" "rms_norm.cu" "rope.cu" "rows.cu" "swiglu.cu"
+    "adamw.cu" "attention.cu" "attention_any.cu" "attention_backward.cu" "cross_entropy.cu" "dropout.cu" "elementwise.cu" "gemm.cu" "gemm_nf4.cu" "gemm_pack.cu" "nf4.cu" "rms_norm.cu" "rope.cu" "rows.cu" "swiglu.cu"
 ];
 
 /// Options that decide what the compiler makes of the text, besides the architecture.

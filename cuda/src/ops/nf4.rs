@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::launcher::{Argument, Launch};
 use crate::memory::{Buffer, Element};
-use bytemuck::NoUninit;
+use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 /// Elements of a block of scales when we quantise (`BLOCK` in `nf4.cu`).
@@ -39,7 +39,7 @@ pub enum Absmax {
 
 /// `Absmax` of `nf4.cuh`.
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
 pub(crate) struct RawAbsmax {
     plain: u64,
     codes: u64,

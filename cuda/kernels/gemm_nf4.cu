@@ -1,0 +1,142 @@
+// Matrix products with a weight in NF4, dequantised on its way to the tensor cores: Y = X·Wᵀ and dX = dY·W from the same
+// bytes. gemm.cuh has the formula and the order of the sums, gemm_pack.cu the order of the codes. The weight that is
+// multiplied is bf16(NF4[code]·absmax), as nf4.cu has it, so the result is the same bits as that of dequantising first.
+//
+// As gemm.cu, but the right operand's tiles travel as codes, in the ring of the left's; a warp then dequantises a unit a tile
+// (a lane a row of 16 codes, which it copied itself, with one scale) into one of two tiles of bf16:
+//
+//     wait for tile k (left) and k + 1 (codes) ─► barrier ─► ask for tile k + 3 and k + 4 ─► ask for the scales of k + 2
+//                                                         ─► dequantise k + 1 ─► 2 steps of mma on tile k
+//
+// Dequantising and multiplying do not wait for each other. inputs is a multiple of 32 and of the block of scales.
+//
+// Bytes: those of gemm.cu, but 0.5 an element of the weight and its scales. Bound: memory (reading W) up to some 200 rows,
+// tensor cores beyond. Out of reach: 128 lookups and 64 stores of 128 bytes a tile of 128 × 128 × 32 come on top of the 384 + 64
+// clocks that shared memory is busy with fragments and copies, while the tensor cores need 512: from some 1000 rows on
+// dequantising the layer once is faster (ops/linear.rs, tables).
+#include <gemm.cuh>
+#include <gemm_units.cuh>
+
+constexpr u32 STAGES = 4;
+
+// The scale of a row of a unit, asked for: plain (or of a row outside: 0) when `code` is PLAIN, else its parts.
+struct Scale {
+    float value;
+    u32 code;
+};
+constexpr u32 PLAIN = 256;
+
+__device__ __forceinline__ Scale ask_scale(const Part& part, u32 row, u32 i, u32 outputs, u32 inputs) {
+    if (row >= outputs || i >= inputs) return {0, PLAIN};
+    const u64 block = (u64(row) * inputs + i) >> part.block_shift;
+    if (part.absmax.plain != nullptr) return {load_global<float>(part.absmax.plain + block), PLAIN};
+    return {load_global<float>(part.absmax.nested + (block >> part.absmax.nested_shift)),
+            load_global<u8>(part.absmax.codes + block)};
+}
+
+// As absmax_of.
+__device__ __forceinline__ float scale_of(const Part& part, const Scale& scale) {
+    if (scale.code == PLAIN) return scale.value;
+    return load_global<float>(part.absmax.map + scale.code) * scale.value + part.absmax.offset;
+}
+
+// Where a warp's unit lies: NT, a warp takes units side by side, then below; NN, side by side.
+template <bool NN>
+struct Unit {
+    u32 down, across;  // from the corner of the tile, in units
+    __device__ __forceinline__ Unit() {
+        const u32 warp = threadIdx.x / WARP;
+        down = NN ? 0 : warp / (DEPTH / UNIT), across = NN ? warp : warp % (DEPTH / UNIT);
+    }
+};
+
+template <typename T, bool NN, bool SUM>
+__device__ __forceinline__ void fused(const Group& group) {
+    static_assert(T::THREADS / WARP * PANEL * UNIT == T::RIGHT, "a warp has a unit of every tile");
+    static_assert(DEPTH == PANEL, "a tile of NN is one panel deep");
+    const shared<float> table = static_shared<float, 16>();
+    if (threadIdx.x < 16) store_shared(table + threadIdx.x, NF4_CODES[threadIdx.x]);
+    __syncthreads();
+    product<T, NN, SUM, bf16>(group, [&](Accumulators<T>& acc, u32 first, u32 last, u32 m0, u32 n0) {
+        constexpr u32 CODES = T::THREADS * UNIT / 2;  // bytes of a tile: 8 a thread
+        const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
+        const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);
+        const Unit<NN> unit;
+        const u32 lane = threadIdx.x % WARP;
+        // Row (output) and first input of this lane's row of the unit of a tile.
+        auto row_at = [&](u32 k) { return (NN ? k : n0 + PANEL * unit.down) + lane; };
+        auto input_at = [&](u32 k) { return (NN ? n0 : k) + UNIT * unit.across; };
+
+        Cursor<SUM> next_left(first), next_codes(first), next_scale(first), next_tile(first);
+        auto ask_codes = [&](u32 stage) {
+            if (!next_codes.inside(group, last)) return;
+            const Part& part = group.parts[next_codes.part];
+            const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
+            const u32 row = row_at(next_codes.k), i = input_at(next_codes.k);
+            const bool inside = row - lane < outputs && i < inputs;
+            cp_async<8>(codes + stage * CODES, part.packed + row_of_unit(row, i / UNIT, inputs), inside);
+            next_codes.advance(group);
+        };
+        auto ask_left = [&](u32 stage) {
+            if (!next_left.inside(group, last)) return;
+            copy_left<T>(left + stage * T::LEFT, group.parts[next_left.part], group.m, m0, next_left.k);
+            next_left.advance(group);
+        };
+        Scale scale = {0, PLAIN};
+        auto next_scales = [&] {
+            if (!next_scale.inside(group, last)) return;
+            const Part& part = group.parts[next_scale.part];
+            const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
+            scale = ask_scale(part, row_at(next_scale.k), input_at(next_scale.k), outputs, inputs);
+            next_scale.advance(group);
+        };
+        // Dequantises the next tile, whose codes this thread has waited for, and asks for the scale of the one behind it.
+        auto dequantize = [&](u32 tile) {
+            if (!next_tile.inside(group, last)) return;
+            const float by = scale_of(group.parts[next_tile.part], scale);
+            next_tile.advance(group);
+            next_scales();
+            const vec<u32, 2> pair = load_shared<vec<u32, 2>>(codes + tile % STAGES * CODES);
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                float x[8];
+                dequantize_8(x, pair[h], table, by);
+                constexpr u32 CHUNKS = right_chunks<T, NN>();
+                const u32 row = PANEL * unit.down + lane, chunk = 2 * unit.across + h;
+                store_shared(right + tile % 2 * T::RIGHT + swizzled<CHUNKS>(row, chunk), narrow(x));
+            }
+        };
+
+        next_scales();
+        ask_codes(0);
+#pragma unroll
+        for (u32 stage = 0; stage + 1 < STAGES; stage++) {
+            ask_left(stage), ask_codes(stage + 1);
+            cp_async_commit();
+        }
+        cp_async_wait<STAGES - 2>();
+        dequantize(0);
+        const u32 tiles = tiles_of(group, first, last);
+        for (u32 tile = 0; tile < tiles; tile++) {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();
+            ask_left((tile + STAGES - 1) % STAGES), ask_codes(tile % STAGES);
+            cp_async_commit();
+            dequantize(tile + 1);
+            multiply_tile<T, NN>(acc, left + tile % STAGES * T::LEFT, right + tile % 2 * T::RIGHT);
+        }
+        cp_async_wait<0>();
+    });
+}
+
+#define PRODUCT(name, T, BLOCKS, NN, SUM)                                                                        \
+    extern "C" __global__ void __launch_bounds__(T::THREADS, BLOCKS) name(const __grid_constant__ Group group) { \
+        fused<T, NN, SUM>(group);                                                                                \
+    }                                                                                                            \
+    ENTRY(name)
+PRODUCT(gemm_nf4_nt_128x128, Large, 2, false, false)
+PRODUCT(gemm_nf4_nt_64x64, Medium, 4, false, false)
+PRODUCT(gemm_nf4_nt_32x64, Small, 4, false, false)
+PRODUCT(gemm_nf4_nn_128x128, Large, 2, true, true)
+PRODUCT(gemm_nf4_nn_64x64, Medium, 4, true, true)
+PRODUCT(gemm_nf4_nn_32x64, Small, 4, true, true)

@@ -1,0 +1,944 @@
+//! Matrix products of `gemm.cu` and `gemm_nf4.cu`: linear layers over a frozen weight with a LoRA beside it, their input
+//! gradient, and the logits.
+//!
+//! A group of layers that share their input (q, k, v; gate, up) is one launch, beside a narrow one for the down products
+//! of their LoRA. `docs/kernels.md` has the paths; all of them give the same bits, so which one is taken is a matter of
+//! speed alone, and a row's result does not depend on the rows beside it.
+
+use super::Operation;
+use super::dropout::Sequences;
+use super::nf4::{Absmax, RawAbsmax, dequantize};
+use crate::device::Device;
+use crate::error::Error;
+use crate::kernels::{self, Kernel};
+use crate::launcher::{Address, Argument, Launch};
+use crate::memory::Buffer;
+use crate::tiles::{Provenance, Row, select};
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Layers of a group at most (`MOST_PARTS` in `gemm.cuh`).
+pub const MOST_PARTS: usize = 3;
+/// Outputs of a unit (`PANEL` in `gemm_units.cuh`).
+const PANEL: usize = 32;
+/// Inputs of a unit (`UNIT` in `gemm_units.cuh`).
+const UNIT: usize = 16;
+/// Codes that a block of `gemm_pack` moves: 8 warps, 8 rows × 4 units each.
+const PACKED_WARPS: usize = 8;
+/// Copies in [`Scratch`] begin at multiples of so many elements, 256 bytes.
+const ALIGNMENT: usize = 128;
+
+/// A frozen weight W `[outputs, inputs]`.
+#[derive(Debug)]
+pub struct Matrix {
+    /// Never given to another matrix: what [`Scratch`] knows a copy by.
+    identity: u64,
+    outputs: usize,
+    inputs: usize,
+    values: Values,
+}
+
+#[derive(Debug)]
+enum Values {
+    Dense(Buffer<bf16>),
+    Nf4 { block: usize, packed: Buffer<u8>, absmax: Absmax },
+}
+
+/// Whether the kernels have an order of their own for such a weight; else it is kept row-major, and dequantised before it
+/// is multiplied.
+fn in_units(inputs: usize, block: usize) -> bool {
+    inputs.is_multiple_of(block)
+}
+
+impl Matrix {
+    const OPERATION: Operation = Operation("matrix");
+
+    fn new(outputs: usize, inputs: usize, values: Values) -> Matrix {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Matrix { identity: NEXT.fetch_add(1, Ordering::Relaxed), outputs, inputs, values }
+    }
+
+    /// A weight in bf16, row-major.
+    ///
+    /// # Errors
+    /// When `values` is shorter than the shape.
+    pub fn dense(outputs: usize, inputs: usize, values: Buffer<bf16>) -> Result<Matrix, Error> {
+        let len = Self::OPERATION.product(&[outputs, inputs])?;
+        Self::OPERATION.has("values", &values, len)?;
+        Ok(Matrix::new(outputs, inputs, Values::Dense(values)))
+    }
+
+    /// A weight in NF4 with a scale for every `block` elements, a power of two from 32 on. `codes` are row-major, as
+    /// bitsandbytes has them, and not needed afterwards; `packed` gets them in the order of the kernels and has
+    /// [`Matrix::packed_bytes`].
+    ///
+    /// # Errors
+    /// When a buffer is shorter than that, or the block is none.
+    pub fn nf4(
+        outputs: usize,
+        inputs: usize,
+        block: usize,
+        codes: &Buffer<u8>,
+        mut packed: Buffer<u8>,
+        absmax: Absmax,
+    ) -> Result<Matrix, Error> {
+        let operation = Self::OPERATION;
+        if block < 32 || !block.is_power_of_two() {
+            return Err(
+                operation.error(format!("blocks of {block} elements, not of a power of two from 32 on"))
+            );
+        }
+        let len = operation.product(&[outputs, inputs])?;
+        operation.has("codes", codes, len.div_ceil(2))?;
+        operation.has("packed", &packed, Self::packed_bytes(outputs, inputs, block))?;
+        absmax.raw(operation, len.div_ceil(block))?;
+        if len > 0 && in_units(inputs, block) {
+            let groups =
+                operation.product(&[outputs.next_multiple_of(PANEL) / 8, (inputs / UNIT).div_ceil(4)])?;
+            let arguments = [
+                packed.output(),
+                codes.input(),
+                Argument::U32(operation.u32("outputs", outputs)?),
+                Argument::U32(operation.u32("inputs", inputs)?),
+            ];
+            let grid = [operation.blocks(groups, PACKED_WARPS)?, 1, 1];
+            let kernel = &kernels::gemm_pack;
+            codes.device().launch(&Launch { kernel, grid, shared: 0, arguments: &arguments, within: &[] })?;
+        } else {
+            packed.copy_from(codes, len.div_ceil(2), 0)?;
+        }
+        Ok(Matrix::new(outputs, inputs, Values::Nf4 { block, packed, absmax }))
+    }
+
+    /// Bytes of `packed` for [`Matrix::nf4`]: half a byte an element, with the outputs rounded up to a multiple of 32.
+    pub fn packed_bytes(outputs: usize, inputs: usize, block: usize) -> usize {
+        let rows = if in_units(inputs, block.max(1)) { outputs.next_multiple_of(PANEL) } else { outputs };
+        rows.saturating_mul(inputs).div_ceil(2)
+    }
+
+    /// Outputs and inputs.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.outputs, self.inputs)
+    }
+
+    fn len(&self) -> usize {
+        self.outputs * self.inputs
+    }
+
+    /// Whether the kernels can dequantise it on its way.
+    fn fuses(&self) -> bool {
+        matches!(self.values, Values::Nf4 { block, .. } if in_units(self.inputs, block))
+    }
+
+    /// Writes it to `out` in bf16, row-major.
+    fn write_dense(&self, operation: Operation, out: &mut Buffer<bf16>) -> Result<(), Error> {
+        let (outputs, inputs) = self.shape();
+        match &self.values {
+            Values::Dense(values) => out.copy_from(values, self.len(), 0),
+            Values::Nf4 { block, packed, absmax } if !in_units(inputs, *block) => {
+                dequantize(self.len(), *block, packed, absmax, out)
+            }
+            Values::Nf4 { .. } if self.len() == 0 => Ok(()),
+            Values::Nf4 { block, packed, absmax } => {
+                let (raw, within) = absmax.raw(operation, self.len() / block)?;
+                let groups = operation.product(&[outputs.div_ceil(4), inputs.div_ceil(64)])?;
+                let arguments = [
+                    out.output(),
+                    packed.input(),
+                    Argument::Struct(bytemuck::bytes_of(&raw)),
+                    Argument::U32(block.trailing_zeros()),
+                    Argument::U32(operation.u32("outputs", outputs)?),
+                    Argument::U32(operation.u32("inputs", inputs)?),
+                ];
+                let grid = [operation.blocks(groups, PACKED_WARPS)?, 1, 1];
+                let kernel = &kernels::gemm_unpack;
+                out.device().launch(&Launch {
+                    kernel,
+                    grid,
+                    shared: 0,
+                    arguments: &arguments,
+                    within: &within,
+                })
+            }
+        }
+    }
+}
+
+/// Elements of [`Scratch`] that a group of weights `(outputs, inputs)` needs when it is dequantised: those of all of them at
+/// a time. With the elements of all groups of a decoder layer, what a layer's recomputation has dequantised is still
+/// there for its input gradients; with those of the largest group it is dequantised again.
+pub fn scratch_elements(group: &[(usize, usize)]) -> usize {
+    group
+        .iter()
+        .map(|&(outputs, inputs)| place(outputs.saturating_mul(inputs)))
+        .fold(0, usize::saturating_add)
+}
+
+fn place(elements: usize) -> usize {
+    elements.checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX)
+}
+
+/// Memory for dequantised weights, which remembers what it holds.
+///
+/// A weight is frozen and its identity is never given to another one, so a copy stays right until its memory is used
+/// again; then all of them are forgotten.
+#[derive(Debug)]
+pub struct Scratch {
+    buffer: Buffer<bf16>,
+    /// Identity and first element of every copy.
+    held: Vec<(u64, usize)>,
+    /// Where the next one goes.
+    next: usize,
+}
+
+impl Scratch {
+    /// With the memory of a plan; see [`scratch_elements`]. Of no elements when no weight is in NF4.
+    pub fn new(buffer: Buffer<bf16>) -> Scratch {
+        Scratch { buffer, held: Vec::new(), next: 0 }
+    }
+
+    fn find(&self, matrix: &Matrix) -> Option<usize> {
+        self.held.iter().find(|(identity, _)| *identity == matrix.identity).map(|&(_, start)| start)
+    }
+
+    /// The values of all of these in bf16: of dense ones their own, of the others copies, which stay until the next call.
+    fn dense(&mut self, operation: Operation, matrices: &[&Matrix]) -> Result<Vec<Buffer<bf16>>, Error> {
+        let quantized = || matrices.iter().filter(|matrix| matches!(matrix.values, Values::Nf4 { .. }));
+        let missing =
+            quantized().filter(|matrix| self.find(matrix).is_none()).map(|matrix| place(matrix.len()));
+        if self.next + missing.sum::<usize>() > self.buffer.len() {
+            self.held.clear();
+            self.next = 0;
+            let needed: usize = quantized().map(|matrix| place(matrix.len())).sum();
+            if needed > self.buffer.len() {
+                return Err(operation.error(format!(
+                    "the scratch has {} elements, dequantising these weights needs {needed}",
+                    self.buffer.len()
+                )));
+            }
+        }
+        let mut values = Vec::with_capacity(matrices.len());
+        for matrix in matrices {
+            let start = match (&matrix.values, self.find(matrix)) {
+                (Values::Dense(own), _) => {
+                    values.push(own.slice(0, matrix.len())?);
+                    continue;
+                }
+                (_, Some(start)) => start,
+                (_, None) => {
+                    let start = self.next;
+                    matrix.write_dense(operation, &mut self.buffer.slice(start, matrix.len())?)?;
+                    self.next += place(matrix.len());
+                    self.held.push((matrix.identity, start));
+                    start
+                }
+            };
+            values.push(self.buffer.slice(start, matrix.len())?);
+        }
+        Ok(values)
+    }
+}
+
+/// The adapter of a layer on its way forward.
+#[derive(Debug)]
+pub struct Lora<'a> {
+    /// A, `[rank, inputs]`.
+    pub a: &'a Buffer<bf16>,
+    /// B, `[outputs, rank]`.
+    pub b: &'a Buffer<bf16>,
+    /// r
+    pub rank: usize,
+    /// alpha/r or alpha/√r.
+    pub scale: f32,
+    /// U = bf16(scale·X·Aᵀ), `[m, rank]`, `=`.
+    pub down: &'a mut Buffer<bf16>,
+    /// X after dropout, `[m, inputs]`, when U is made of it.
+    pub input: Option<&'a Buffer<bf16>>,
+}
+
+/// One layer of a group.
+#[derive(Debug)]
+pub struct Forward<'a> {
+    /// W
+    pub weight: &'a Matrix,
+    /// `[outputs]`
+    pub bias: Option<&'a Buffer<f32>>,
+    /// The adapter.
+    pub lora: Option<Lora<'a>>,
+    /// Y, `[m, outputs]`, `=`; `None` makes U only.
+    pub y: Option<&'a mut Buffer<bf16>>,
+}
+
+/// The mask of a dropout (`ops::dropout`).
+#[derive(Clone, Copy, Debug)]
+pub struct Mask<'a> {
+    /// The sequences of the rows.
+    pub sequences: &'a Sequences,
+    /// p
+    pub probability: f64,
+    /// Tells the layers apart.
+    pub module: u32,
+}
+
+/// The adapter of a layer on its way back.
+#[derive(Debug)]
+pub struct LoraBackward<'a> {
+    /// A, `[rank, inputs]`.
+    pub a: &'a Buffer<bf16>,
+    /// B, `[outputs, rank]`.
+    pub b: &'a Buffer<bf16>,
+    /// r
+    pub rank: usize,
+    /// alpha/r or alpha/√r.
+    pub scale: f32,
+    /// G = bf16(scale·dY·B), `[m, rank]`, `=`.
+    pub gradient: &'a mut Buffer<bf16>,
+    /// The dropout that X went through on its way into A.
+    pub dropout: Option<Mask<'a>>,
+}
+
+/// The backward half of a [`Forward`].
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// W
+    pub weight: &'a Matrix,
+    /// dY, `[m, outputs]`.
+    pub dy: &'a Buffer<bf16>,
+    /// The adapter.
+    pub lora: Option<LoraBackward<'a>>,
+}
+
+/// For each part: U = bf16(scale·X·Aᵀ) and Y = bf16(X·Wᵀ + U·Bᵀ + bias), X `[m, inputs]`; sums in fp32. `scratch` is used for
+/// weights in NF4 only.
+///
+/// # Errors
+/// When a buffer is shorter than its shape, the parts are more than [`MOST_PARTS`] or have other inputs, or the scratch is
+/// too small.
+pub fn forward(
+    m: usize,
+    inputs: usize,
+    x: &Buffer<bf16>,
+    parts: &mut [Forward<'_>],
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    forward_with(None, m, inputs, x, parts, scratch)
+}
+
+/// dX = bf16(Σ over the parts of dY·W, then Σ of mask(G·A)) with G = bf16(scale·dY·B), `[m, inputs]`, `=`; sums in fp32, and one
+/// rounding for the whole group. Without `dx`, the G's only.
+///
+/// # Errors
+/// As [`forward`]; and when there are no parts, or masks of different sequences.
+pub fn input_gradient(
+    m: usize,
+    inputs: usize,
+    parts: &mut [Backward<'_>],
+    dx: Option<&mut Buffer<bf16>>,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    input_gradient_with(None, m, inputs, parts, dx, scratch)
+}
+
+const DERIVED_SMALL: Provenance = Provenance::Derived {
+    from: "up to 32 rows a product reads W and computes next to nothing: the fewest rows that fill an mma twice",
+};
+const DERIVED_MEDIUM: Provenance = Provenance::Derived {
+    from: "16 SMs: with 128 × 128, 256 rows of 1024 outputs are 16 blocks of the 32 that fit; with 64 × 64 they are 64 of 64",
+};
+const DERIVED_LARGE: Provenance = Provenance::Derived {
+    from: "an SM of sm_87 does 1024 multiply-adds a clock: a tile of 128 × 128 × 32 takes 512 clocks and 384 of shared memory, \
+           one of 64 × 64 half as many clocks for each byte",
+};
+const DERIVED_FUSED: Provenance = Provenance::Derived {
+    from: "M* = 2.516·F/(2·0.8·BW)·e/(1−e) of the roofline, with e = 0.8 for the fused kernel against the plain one: 980 rows \
+           on an Orin in MAXN; below it reading 0.5 bytes an element beats writing and reading 2 more",
+};
+
+const fn row(up_to: usize, tile_m: usize, tile_n: usize, kernel: &'static Kernel, from: Provenance) -> Row {
+    Row { sm: None, up_to, tile_m, tile_n, kernel, provenance: from }
+}
+const ALL: usize = usize::MAX;
+
+/// X·Wᵀ of a dense weight, or a dequantised one.
+pub static FORWARD: [Row; 3] = [
+    row(32, 32, 64, &kernels::gemm_nt_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nt_64x64, DERIVED_MEDIUM),
+    row(ALL, 128, 128, &kernels::gemm_nt_128x128, DERIVED_LARGE),
+];
+/// X·Wᵀ of a weight in NF4; the last row dequantises it first.
+pub static FORWARD_NF4: [Row; 4] = [
+    row(32, 32, 64, &kernels::gemm_nf4_nt_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nf4_nt_64x64, DERIVED_MEDIUM),
+    row(1024, 128, 128, &kernels::gemm_nf4_nt_128x128, DERIVED_FUSED),
+    row(ALL, 128, 128, &kernels::gemm_nt_128x128, DERIVED_FUSED),
+];
+/// dY·W of a dense weight, or a dequantised one.
+pub static GRADIENT: [Row; 3] = [
+    row(32, 32, 64, &kernels::gemm_nn_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nn_64x64, DERIVED_MEDIUM),
+    row(ALL, 128, 128, &kernels::gemm_nn_128x128, DERIVED_LARGE),
+];
+/// dY·W of a weight in NF4; the last row dequantises it first.
+pub static GRADIENT_NF4: [Row; 4] = [
+    row(32, 32, 64, &kernels::gemm_nf4_nn_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nf4_nn_64x64, DERIVED_MEDIUM),
+    row(1024, 128, 128, &kernels::gemm_nf4_nn_128x128, DERIVED_FUSED),
+    row(ALL, 128, 128, &kernels::gemm_nn_128x128, DERIVED_FUSED),
+];
+/// h·Wᵀ in fp32.
+pub static LOGITS: [Row; 2] = [
+    row(32, 32, 64, &kernels::gemm_nt_f32_32x64, DERIVED_SMALL),
+    row(ALL, 128, 128, &kernels::gemm_nt_f32_128x128, DERIVED_LARGE),
+];
+const DERIVED_NARROW: Provenance = Provenance::Derived {
+    from: "r columns: bound by reading X, which 3 stages of 64 rows in 6 blocks an SM keep in flight",
+};
+static DOWN: Row = row(ALL, 64, 16, &kernels::gemm_nt_64x16, DERIVED_NARROW);
+static DOWN_GRADIENT: Row = row(ALL, 64, 16, &kernels::gemm_nn_64x16, DERIVED_NARROW);
+const GENERAL: Provenance =
+    Provenance::Derived { from: "takes every shape, and no other kernel takes these" };
+/// For rows that do not begin at multiples of 16 bytes.
+pub static FORWARD_GENERAL: Row = row(ALL, 64, 64, &kernels::gemm_nt_general, GENERAL);
+/// The same for dY·W.
+pub static GRADIENT_GENERAL: Row = row(ALL, 64, 64, &kernels::gemm_nn_general, GENERAL);
+/// The same for logits.
+pub static LOGITS_GENERAL: Row = row(ALL, 64, 64, &kernels::gemm_nt_f32_general, GENERAL);
+static NARROW_GENERAL: Row = row(ALL, 64, 64, &kernels::gemm_nn_narrow_general, GENERAL);
+
+/// Whether the kernel of a row dequantises on its way.
+fn is_fused(row: &Row) -> bool {
+    row.kernel.file == "gemm_nf4.cu"
+}
+
+/// `Part` of `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct RawPart {
+    left: u64,
+    right: u64,
+    packed: u64,
+    absmax: RawAbsmax,
+    bias: u64,
+    down: u64,
+    up: u64,
+    out: u64,
+    threshold: u64,
+    left_stride: u32,
+    depth: u32,
+    columns: u32,
+    rank: u32,
+    out_stride: u32,
+    block_shift: u32,
+    first_tile: u32,
+    module: u32,
+    scale: f32,
+    keep: f32,
+}
+
+/// `Group` of `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct RawGroup {
+    parts: [RawPart; MOST_PARTS],
+    offsets: u64,
+    keys: u64,
+    sequences: u32,
+    count: u32,
+    m: u32,
+    n_tiles: u32,
+}
+
+/// A launch that is being put together.
+struct Product {
+    operation: Operation,
+    group: RawGroup,
+    within: Vec<Argument<'static>>,
+}
+
+fn address(argument: Argument<'static>) -> u64 {
+    match argument {
+        Argument::In(Address(address), _) | Argument::Out(Address(address), _) => address,
+        _ => 0,
+    }
+}
+
+impl Product {
+    fn new(operation: Operation, m: usize) -> Result<Product, Error> {
+        let group = RawGroup { m: operation.u32("m", m)?, ..RawGroup::default() };
+        Ok(Product { operation, group, within: Vec::with_capacity(16) })
+    }
+
+    /// Notes a buffer; gives its address.
+    fn pass(&mut self, argument: Argument<'static>) -> u64 {
+        self.within.push(argument);
+        address(argument)
+    }
+
+    /// Adds a part; the buffers are passed already.
+    fn part(&mut self) -> &mut RawPart {
+        self.group.count += 1;
+        let part = &mut self.group.parts[self.group.count as usize - 1];
+        part.scale = 1.0;
+        part
+    }
+
+    /// Launches what was put together, if it is anything. `sum`: the parts are summed, and the columns are those of one.
+    fn launch(mut self, device: &Device, row: &Row, sum: bool) -> Result<(), Error> {
+        let tiles = |part: &RawPart| part.columns.div_ceil(row.tile_n as u32);
+        let count = self.group.count as usize;
+        let mut n_tiles = 0u32;
+        for part in &mut self.group.parts[..count] {
+            part.first_tile = if sum { 0 } else { n_tiles };
+            n_tiles = if sum { tiles(part) } else { n_tiles + tiles(part) };
+        }
+        let m_tiles = (self.group.m as usize).div_ceil(row.tile_m);
+        if n_tiles == 0 || m_tiles == 0 {
+            return Ok(());
+        }
+        self.group.n_tiles = n_tiles;
+        let blocks = self.operation.product(&[m_tiles, n_tiles as usize])?;
+        let arguments = [Argument::Struct(bytemuck::bytes_of(&self.group))];
+        device.launch(&Launch {
+            kernel: row.kernel,
+            grid: [self.operation.blocks(blocks, 1)?, 1, 1],
+            shared: row.kernel.dynamic_shared,
+            arguments: &arguments,
+            within: &self.within,
+        })
+    }
+}
+
+/// A weight as an operand: where it lies, as the chosen kernel reads it.
+enum Operand<'a> {
+    Dense(Buffer<bf16>),
+    Packed { block: usize, packed: &'a Buffer<u8>, absmax: &'a Absmax },
+}
+
+/// The weights of a group for a kernel.
+fn operands<'a>(
+    operation: Operation,
+    row: &Row,
+    matrices: &[&'a Matrix],
+    scratch: &mut Scratch,
+) -> Result<Vec<Operand<'a>>, Error> {
+    if !is_fused(row) {
+        return Ok(scratch.dense(operation, matrices)?.into_iter().map(Operand::Dense).collect());
+    }
+    matrices
+        .iter()
+        .map(|matrix| match &matrix.values {
+            Values::Nf4 { block, packed, absmax } if matrix.fuses() => {
+                Ok(Operand::Packed { block: *block, packed, absmax })
+            }
+            _ => Err(operation.error(format!("{} takes weights in NF4 only", row.kernel.name))),
+        })
+        .collect()
+}
+
+impl Product {
+    /// Sets the right operand of the part that was added last.
+    fn right(&mut self, matrix: &Matrix, operand: &Operand<'_>) -> Result<(), Error> {
+        let at = self.group.count as usize - 1;
+        match operand {
+            Operand::Dense(values) => self.group.parts[at].right = self.pass(values.input()),
+            Operand::Packed { block, packed, absmax } => {
+                let (raw, within) = absmax.raw(self.operation, matrix.len() / block)?;
+                self.within.extend(within);
+                let packed = self.pass(packed.input());
+                let part = &mut self.group.parts[at];
+                (part.absmax, part.packed, part.block_shift) = (raw, packed, block.trailing_zeros());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The row for a product: that of the table, or the general one where rows do not begin at multiples of 16 bytes.
+fn choose(
+    device: &Device,
+    asked: Option<&'static Row>,
+    table: &'static [Row],
+    general: &'static Row,
+    aligned: bool,
+    m: usize,
+) -> &'static Row {
+    match asked {
+        _ if !aligned => general,
+        Some(row) => row,
+        None => select(table, device.properties(), m).unwrap_or(general),
+    }
+}
+
+fn check_parts(operation: Operation, count: usize) -> Result<(), Error> {
+    if count > MOST_PARTS {
+        return Err(operation.error(format!("{count} layers in a group, more than {MOST_PARTS}")));
+    }
+    Ok(())
+}
+
+fn check_weight(operation: Operation, weight: &Matrix, inputs: usize) -> Result<(), Error> {
+    if weight.inputs != inputs {
+        let what = format!("a weight of {} inputs in a group of {inputs}", weight.inputs);
+        return Err(operation.error(what));
+    }
+    Ok(())
+}
+
+fn check_rank(operation: Operation, rank: usize) -> Result<(), Error> {
+    if rank == 0 {
+        return Err(operation.error("a LoRA of rank 0"));
+    }
+    Ok(())
+}
+
+/// [`forward`] by the kernel of a row, for tests.
+#[doc(hidden)]
+pub fn forward_with(
+    row: Option<&'static Row>,
+    m: usize,
+    inputs: usize,
+    x: &Buffer<bf16>,
+    parts: &mut [Forward<'_>],
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    let operation = Operation("linear");
+    check_parts(operation, parts.len())?;
+    operation.has("x", x, operation.product(&[m, inputs])?)?;
+    for part in parts.iter() {
+        let outputs = part.weight.outputs;
+        check_weight(operation, part.weight, inputs)?;
+        if let Some(bias) = part.bias {
+            operation.has("bias", bias, outputs)?;
+        }
+        if let Some(lora) = &part.lora {
+            check_rank(operation, lora.rank)?;
+            operation.has("a", lora.a, operation.product(&[lora.rank, inputs])?)?;
+            operation.has("b", lora.b, operation.product(&[outputs, lora.rank])?)?;
+            operation.has("down", lora.down, operation.product(&[m, lora.rank])?)?;
+            if let Some(input) = lora.input {
+                operation.has("input of the LoRA", input, m * inputs)?;
+            }
+        }
+        if let Some(y) = &part.y {
+            operation.has("y", y, operation.product(&[m, outputs])?)?;
+        }
+    }
+    let device = x.device();
+    let aligned = inputs.is_multiple_of(8);
+
+    let mut narrow = Product::new(operation, m)?;
+    for lora in parts.iter_mut().filter_map(|part| part.lora.as_mut()) {
+        let left = narrow.pass(lora.input.unwrap_or(x).input());
+        let (right, out) = (narrow.pass(lora.a.input()), narrow.pass(lora.down.output()));
+        let (depth, rank) = (operation.u32("inputs", inputs)?, operation.u32("rank", lora.rank)?);
+        *narrow.part() = RawPart {
+            left,
+            right,
+            out,
+            left_stride: depth,
+            depth,
+            columns: rank,
+            out_stride: rank,
+            scale: lora.scale,
+            ..RawPart::default()
+        };
+    }
+    narrow.launch(device, if aligned { &DOWN } else { &FORWARD_GENERAL }, false)?;
+
+    let wanted: Vec<usize> = (0..parts.len()).filter(|&i| parts[i].y.is_some()).collect();
+    if wanted.is_empty() || m == 0 {
+        return Ok(());
+    }
+    let matrices: Vec<&Matrix> = wanted.iter().map(|&i| parts[i].weight).collect();
+    let table = if matrices.iter().all(|matrix| matrix.fuses()) { &FORWARD_NF4[..] } else { &FORWARD[..] };
+    let row = choose(device, row, table, &FORWARD_GENERAL, aligned, m);
+    let operands = operands(operation, row, &matrices, scratch)?;
+    let mut product = Product::new(operation, m)?;
+    let x = product.pass(x.input());
+    for (&i, operand) in wanted.iter().zip(&operands) {
+        let part = &mut parts[i];
+        let (depth, columns) =
+            (operation.u32("inputs", inputs)?, operation.u32("outputs", part.weight.outputs)?);
+        let mut raw = RawPart {
+            left: x,
+            left_stride: depth,
+            depth,
+            columns,
+            out_stride: columns,
+            ..RawPart::default()
+        };
+        raw.scale = 1.0;
+        if let Some(bias) = part.bias {
+            raw.bias = product.pass(bias.input());
+        }
+        if let Some(lora) = &part.lora {
+            (raw.down, raw.up) = (product.pass(lora.down.input()), product.pass(lora.b.input()));
+            raw.rank = operation.u32("rank", lora.rank)?;
+        }
+        if let Some(y) = part.y.as_deref_mut() {
+            raw.out = product.pass(y.output());
+        }
+        *product.part() = raw;
+        product.right(part.weight, operand)?;
+    }
+    product.launch(device, row, false)
+}
+
+/// [`input_gradient`] by the kernel of a row, for tests.
+#[doc(hidden)]
+pub fn input_gradient_with(
+    row: Option<&'static Row>,
+    m: usize,
+    inputs: usize,
+    parts: &mut [Backward<'_>],
+    dx: Option<&mut Buffer<bf16>>,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    let operation = Operation("input gradient");
+    check_parts(operation, parts.len())?;
+    for part in parts.iter() {
+        let outputs = part.weight.outputs;
+        check_weight(operation, part.weight, inputs)?;
+        operation.has("dy", part.dy, operation.product(&[m, outputs])?)?;
+        if let Some(lora) = &part.lora {
+            check_rank(operation, lora.rank)?;
+            operation.has("a", lora.a, operation.product(&[lora.rank, inputs])?)?;
+            operation.has("b", lora.b, operation.product(&[outputs, lora.rank])?)?;
+            operation.has("gradient of the LoRA", lora.gradient, operation.product(&[m, lora.rank])?)?;
+            if let Some(mask) = &lora.dropout {
+                check_mask(operation, mask, m)?;
+            }
+        }
+    }
+    let Some(device) = parts.first().map(|part| part.dy.device().clone()) else {
+        return Err(operation.error("a group of no layers has no gradient"));
+    };
+
+    let mut narrow = Product::new(operation, m)?;
+    let mut aligned = true;
+    for part in parts.iter_mut() {
+        let Some(lora) = part.lora.as_mut() else { continue };
+        aligned &= part.weight.outputs.is_multiple_of(8) && lora.rank.is_multiple_of(8);
+        let (left, right) = (narrow.pass(part.dy.input()), narrow.pass(lora.b.input()));
+        let out = narrow.pass(lora.gradient.output());
+        let (depth, rank) =
+            (operation.u32("outputs", part.weight.outputs)?, operation.u32("rank", lora.rank)?);
+        *narrow.part() = RawPart {
+            left,
+            right,
+            out,
+            left_stride: depth,
+            depth,
+            columns: rank,
+            out_stride: rank,
+            scale: lora.scale,
+            ..RawPart::default()
+        };
+    }
+    narrow.launch(&device, if aligned { &DOWN_GRADIENT } else { &NARROW_GENERAL }, false)?;
+
+    let Some(dx) = dx else { return Ok(()) };
+    operation.has("dx", dx, operation.product(&[m, inputs])?)?;
+    if m == 0 {
+        return Ok(());
+    }
+    let matrices: Vec<&Matrix> = parts.iter().map(|part| part.weight).collect();
+    let aligned = inputs.is_multiple_of(8) && matrices.iter().all(|matrix| matrix.outputs.is_multiple_of(8));
+    let table = if matrices.iter().all(|matrix| matrix.fuses()) { &GRADIENT_NF4[..] } else { &GRADIENT[..] };
+    let row = choose(&device, row, table, &GRADIENT_GENERAL, aligned, m);
+    let operands = operands(operation, row, &matrices, scratch)?;
+    let mut product = Product::new(operation, m)?;
+    let mut masked: Option<&Sequences> = None;
+    let dx = product.pass(dx.output());
+    for (part, operand) in parts.iter().zip(&operands) {
+        let (depth, columns) =
+            (operation.u32("outputs", part.weight.outputs)?, operation.u32("inputs", inputs)?);
+        let left = product.pass(part.dy.input());
+        let mut raw = RawPart { left, left_stride: depth, depth, columns, out: dx, ..RawPart::default() };
+        (raw.scale, raw.out_stride) = (1.0, columns);
+        if let Some(lora) = &part.lora {
+            (raw.down, raw.up) = (product.pass(lora.gradient.input()), product.pass(lora.a.input()));
+            raw.rank = operation.u32("rank", lora.rank)?;
+            if let Some(mask) = &lora.dropout {
+                if masked.is_some_and(|other| !std::ptr::eq(other, mask.sequences)) {
+                    return Err(operation.error("masks of different sequences in one group"));
+                }
+                masked = Some(mask.sequences);
+                raw.threshold = (mask.probability * 4_294_967_296.0) as u64;
+                raw.keep = (1.0 / (1.0 - mask.probability)) as f32;
+                raw.module = mask.module;
+            }
+        }
+        *product.part() = raw;
+        product.right(part.weight, operand)?;
+    }
+    if let Some(sequences) = masked {
+        product.group.offsets = product.pass(sequences.offsets.input());
+        product.group.keys = product.pass(sequences.keys.input());
+        product.group.sequences = operation.u32("sequences", sequences.count)?;
+    }
+    product.launch(&device, row, true)
+}
+
+fn check_mask(operation: Operation, mask: &Mask<'_>, m: usize) -> Result<(), Error> {
+    let Mask { sequences, probability, .. } = mask;
+    if !(0.0..1.0).contains(probability) {
+        return Err(operation.error(format!("the probability is {probability}, not in [0, 1)")));
+    }
+    if sequences.tokens != m {
+        return Err(operation.error(format!("sequences of {} tokens for {m} rows", sequences.tokens)));
+    }
+    operation.has("offsets", &sequences.offsets, sequences.count + 1)?;
+    operation.has("keys", &sequences.keys, sequences.count)
+}
+
+/// out = h·Wᵀ in fp32, h `[m, hidden]`, W `[vocabulary, hidden]`; row r of `out` begins at `r·stride` and its elements from the
+/// vocabulary to the stride are left as they are. A head in NF4 is dequantised in `scratch`.
+///
+/// # Errors
+/// As [`forward`]; and when the stride is shorter than the vocabulary.
+pub fn logits(
+    m: usize,
+    hidden: usize,
+    h: &Buffer<bf16>,
+    head: &Matrix,
+    out: &mut Buffer<f32>,
+    stride: usize,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    logits_with(None, m, hidden, h, head, out, stride, scratch)
+}
+
+/// [`logits`] by the kernel of a row, for tests.
+#[doc(hidden)]
+pub fn logits_with(
+    row: Option<&'static Row>,
+    m: usize,
+    hidden: usize,
+    h: &Buffer<bf16>,
+    head: &Matrix,
+    out: &mut Buffer<f32>,
+    stride: usize,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    let operation = Operation("logits");
+    check_weight(operation, head, hidden)?;
+    check_stride(operation, head, stride)?;
+    operation.has("h", h, operation.product(&[m, hidden])?)?;
+    operation.has("out", out, operation.product(&[m, stride])?)?;
+    if m == 0 {
+        return Ok(());
+    }
+    let device = h.device();
+    let row = choose(device, row, &LOGITS, &LOGITS_GENERAL, hidden.is_multiple_of(8), m);
+    let operands = operands(operation, row, &[head], scratch)?;
+    let mut product = Product::new(operation, m)?;
+    let (left, out) = (product.pass(h.input()), product.pass(out.output()));
+    let (depth, columns) = (operation.u32("hidden", hidden)?, operation.u32("vocabulary", head.outputs)?);
+    let out_stride = operation.u32("stride", stride)?;
+    let raw = RawPart { left, out, left_stride: depth, depth, columns, out_stride, ..RawPart::default() };
+    *product.part() = RawPart { scale: 1.0, ..raw };
+    product.right(head, &operands[0])?;
+    product.launch(device, row, false)
+}
+
+/// dh = bf16(d·W), `[m, hidden]`, `=`. d is what [`ops::cross_entropy`](super::cross_entropy::cross_entropy) leaves: row r is
+/// bf16 from the byte where row r of the logits began, with zeros from the vocabulary to its next multiple of 8.
+///
+/// # Errors
+/// As [`logits`].
+pub fn logits_gradient(
+    m: usize,
+    hidden: usize,
+    d: &Buffer<f32>,
+    stride: usize,
+    head: &Matrix,
+    dh: &mut Buffer<bf16>,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    logits_gradient_with(None, m, hidden, d, stride, head, dh, scratch)
+}
+
+/// [`logits_gradient`] by the kernel of a row, for tests.
+#[doc(hidden)]
+pub fn logits_gradient_with(
+    row: Option<&'static Row>,
+    m: usize,
+    hidden: usize,
+    d: &Buffer<f32>,
+    stride: usize,
+    head: &Matrix,
+    dh: &mut Buffer<bf16>,
+    scratch: &mut Scratch,
+) -> Result<(), Error> {
+    let operation = Operation("logits gradient");
+    check_weight(operation, head, hidden)?;
+    check_stride(operation, head, stride)?;
+    operation.has("d", d, operation.product(&[m, stride])?)?;
+    operation.has("dh", dh, operation.product(&[m, hidden])?)?;
+    if m == 0 {
+        return Ok(());
+    }
+    let device = d.device();
+    let aligned = hidden.is_multiple_of(8) && stride.is_multiple_of(4);
+    let row = choose(device, row, &GRADIENT, &GRADIENT_GENERAL, aligned, m);
+    let operands = operands(operation, row, &[head], scratch)?;
+    let mut product = Product::new(operation, m)?;
+    let (left, out) = (product.pass(d.input()), product.pass(dh.output()));
+    let (depth, columns) = (operation.u32("vocabulary", head.outputs)?, operation.u32("hidden", hidden)?);
+    let left_stride = operation.u32("stride", 2 * stride)?;
+    let raw = RawPart { left, out, left_stride, depth, columns, out_stride: columns, ..RawPart::default() };
+    *product.part() = RawPart { scale: 1.0, ..raw };
+    product.right(head, &operands[0])?;
+    product.launch(device, row, true)
+}
+
+fn check_stride(operation: Operation, head: &Matrix, stride: usize) -> Result<(), Error> {
+    if stride < head.outputs.next_multiple_of(8) {
+        return Err(operation.error(format!(
+            "rows of {stride} elements for a vocabulary of {}, which takes {}",
+            head.outputs,
+            head.outputs.next_multiple_of(8)
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiles::complete;
+
+    #[test]
+    fn every_table_has_a_row_for_everything() {
+        for table in [&FORWARD[..], &FORWARD_NF4, &GRADIENT, &GRADIENT_NF4, &LOGITS] {
+            assert!(complete(table));
+        }
+    }
+
+    /// A row's tile is that of its kernel, which has it in its name.
+    #[test]
+    fn tiles_are_those_of_the_kernels() {
+        let tables = [&FORWARD[..], &FORWARD_NF4, &GRADIENT, &GRADIENT_NF4, &LOGITS];
+        for row in tables.into_iter().flatten().chain([&DOWN, &DOWN_GRADIENT]) {
+            let tile = format!("_{}x{}", row.tile_m, row.tile_n);
+            assert!(row.kernel.name.ends_with(&tile), "{} in a row of {tile}", row.kernel.name);
+        }
+    }
+
+    #[test]
+    fn scratch_is_that_of_all_weights_of_a_group() {
+        assert_eq!(scratch_elements(&[]), 0);
+        assert_eq!(scratch_elements(&[(1, 1), (64, 64)]), 128 + 4096);
+        assert_eq!(scratch_elements(&[(usize::MAX, 2)]), usize::MAX);
+    }
+
+    /// Half a byte an element; in the kernels' order with whole panels of 32 outputs.
+    #[test]
+    fn packed_weights_have_their_bytes() {
+        assert_eq!(Matrix::packed_bytes(64, 128, 64), 64 * 128 / 2);
+        assert_eq!(Matrix::packed_bytes(33, 128, 64), 64 * 128 / 2);
+        assert_eq!(Matrix::packed_bytes(3, 33, 64), 50);
+    }
+}
