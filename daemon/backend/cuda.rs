@@ -26,11 +26,12 @@ use batch::{Buffers, Pool, room};
 use finetuned_cuda::cubins::Cubins;
 use finetuned_cuda::driver::Driver;
 use finetuned_cuda::memory::Slabs;
+use finetuned_cuda::ops::adapter_gradient::PartShape;
 use finetuned_cuda::ops::{
     adamw, adapter_gradient, attention, cached_attention, cross_entropy, dropout, elementwise, linear, nf4,
     rms_norm, rope, rows, swiglu,
 };
-use finetuned_cuda::{Buffer, Device, Element, Error};
+use finetuned_cuda::{Buffer, Device, Element, Error, Properties};
 use half::bf16;
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -46,6 +47,9 @@ const FLOOR: u64 = 1 << 30;
 
 /// Logits that exist at a time, as on the CPU: 32 MiB of f32.
 const LOGITS: usize = 8 << 20;
+
+/// Rows of a prompt that meet the cache at a time.
+const CACHED_ROWS: usize = 64;
 
 /// Layers that share an input: q, k and v.
 const GROUP: usize = 3;
@@ -90,7 +94,7 @@ impl<T> Default for Grown<T> {
 /// What operations use beside their arguments.
 #[derive(Default)]
 struct Scratch {
-    linear: linear::Scratch,
+    dequantised: Option<linear::Scratch>,
     partials: Grown<f32>,
     attention: Grown<f32>,
     logits: Grown<f32>,
@@ -117,14 +121,26 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(s: StepShape) -> Sizes {
-        let q = s.heads * s.head_dim;
+    fn of(device: &Properties, s: StepShape) -> Sizes {
+        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let (h, f) = (s.hidden, s.intermediate);
+        // All of a block: what its recomputation has dequantised serves its input gradients, too.
+        let block = [(q, h), (kv, h), (kv, h), (h, q), (f, h), (f, h), (h, f)];
         let widest = s.intermediate.max(s.hidden).max(q);
         let dropped = |width| if s.dropout { s.tokens * width } else { 0 };
+        // Sequences shorter than the longest make room for no more of them than those.
+        let sequences = s.tokens.div_ceil(s.longest.max(1));
+        let partials = |inputs, outputs: &[usize]| {
+            let part = |&outputs| PartShape { outputs, rank: s.rank, own_input: s.dropout };
+            let parts: Vec<PartShape> = outputs.iter().map(part).collect();
+            adapter_gradient::scratch_elements(device, s.tokens, sequences, inputs, &parts)
+        };
         let rows = chunk(s.vocabulary).min(s.labelled);
         Sizes {
-            dequantised: linear::scratch_elements(s.hidden * s.intermediate.max(q)),
-            partials: adapter_gradient::scratch_elements(s.tokens, s.tokens.div_ceil(s.longest.max(1)), s.rank, widest),
+            dequantised: s.block.map_or(0, |of| linear::scratch_needed(device, s.tokens, of, &block)),
+            partials: [partials(h, &[q, kv, kv]), partials(q, &[h]), partials(h, &[f, f]), partials(f, &[h])]
+                .into_iter()
+                .fold(0, usize::max),
             attention: attention::scratch_elements(s.tokens, s.heads),
             logits: rows * cross_entropy::stride(s.vocabulary),
             losses: s.labelled,
@@ -191,6 +207,34 @@ impl Cuda {
         let mut buffer = self.buffer(values.len());
         done(buffer.write(values));
         buffer
+    }
+
+    /// Room for at least so many dequantised elements.
+    fn room_to_dequantise<'a>(
+        &self,
+        scratch: &'a mut Option<linear::Scratch>,
+        elements: usize,
+    ) -> &'a mut linear::Scratch {
+        if scratch.as_ref().is_none_or(|scratch| scratch.elements() < elements) {
+            *scratch = None; // goes back before more is taken
+        }
+        scratch.get_or_insert_with(|| linear::Scratch::new(self.buffer(elements)))
+    }
+
+    /// Room for what products of `m` rows with a group of weights have to dequantise.
+    fn room_for<'a, 'm>(
+        &self,
+        scratch: &'a mut Option<linear::Scratch>,
+        m: usize,
+        weights: impl Iterator<Item = &'m CudaMatrix>,
+    ) -> &'a mut linear::Scratch {
+        let quantised: Vec<_> =
+            weights.filter_map(|matrix| Some((matrix.weight.block()?, matrix.weight.shape()))).collect();
+        let shapes: Vec<_> = quantised.iter().map(|(_, shape)| *shape).collect();
+        let needed = quantised
+            .first()
+            .map_or(0, |(block, _)| linear::scratch_needed(self.device.properties(), m, *block, &shapes));
+        self.room_to_dequantise(scratch, needed)
     }
 
     fn nf4(&self, matrix: &Nf4Matrix) -> linear::Matrix {
@@ -332,15 +376,15 @@ impl Backend for Cuda {
     }
 
     fn scratch_bytes(&self, shape: StepShape) -> u64 {
-        Sizes::of(shape).bytes(shape.tokens)
+        Sizes::of(self.device.properties(), shape).bytes(shape.tokens)
     }
 
     fn reserve(&self, shape: StepShape) {
-        let sizes = Sizes::of(shape);
+        let sizes = Sizes::of(self.device.properties(), shape);
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { linear, partials, attention, logits, losses, down, dropped, row, squares } =
+        let Scratch { dequantised, partials, attention, logits, losses, down, dropped, row, squares } =
             &mut *scratch;
-        done(linear.reserve(&mut self.slabs.borrow_mut(), sizes.dequantised));
+        self.room_to_dequantise(dequantised, sizes.dequantised);
         partials.at_least(&self.slabs, sizes.partials);
         attention.at_least(&self.slabs, sizes.attention);
         logits.at_least(&self.slabs, sizes.logits);
@@ -492,7 +536,8 @@ impl Backend for Cuda {
     ) {
         let x = x.activation();
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { linear, dropped, .. } = &mut *scratch;
+        let Scratch { dequantised, dropped, .. } = &mut *scratch;
+        let room = self.room_for(dequantised, batch.len(), projections.iter().map(|p| p.weight));
         let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
         let dropped = self.drop_inputs(batch, inputs, x, dropouts, dropped);
         let mut parts: Vec<linear::Forward<'_>> = projections
@@ -512,7 +557,7 @@ impl Backend for Cuda {
                 y: p.output.as_deref_mut().map(CudaTensor::activation_mut),
             })
             .collect();
-        done(linear::forward(batch.len(), inputs, x, &mut parts, linear));
+        done(linear::forward(batch.len(), inputs, x, &mut parts, room));
     }
 
     fn linear_backward(
@@ -525,7 +570,8 @@ impl Backend for Cuda {
     ) {
         let (m, x) = (batch.len(), x.activation());
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { linear, dropped, down, partials, .. } = &mut *scratch;
+        let Scratch { dequantised, dropped, down, partials, .. } = &mut *scratch;
+        let room = self.room_for(dequantised, m, projections.iter().map(|p| p.weight));
         let mut gradients: Vec<Option<&mut Buffer<bf16>>> = down
             .iter_mut()
             .zip(&*projections)
@@ -553,7 +599,7 @@ impl Backend for Cuda {
                 }),
             })
             .collect();
-        done(linear::input_gradient(m, inputs, &mut parts, dx.map(CudaTensor::activation_mut), linear));
+        done(linear::input_gradient(m, inputs, &mut parts, dx.map(CudaTensor::activation_mut), room));
         drop(parts);
         let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
         let dropped = self.drop_inputs(batch, inputs, x, dropouts, dropped);
@@ -574,7 +620,15 @@ impl Backend for Cuda {
                 })
             })
             .collect();
-        let partials = partials.at_least(&self.slabs, 0);
+        let shapes: Vec<PartShape> = parts.iter().map(adapter_gradient::Part::shape).collect();
+        let needed = adapter_gradient::scratch_elements(
+            self.device.properties(),
+            m,
+            batch.sequences.count,
+            inputs,
+            &shapes,
+        );
+        let partials = partials.at_least(&self.slabs, needed);
         done(adapter_gradient::adapter_gradients(&batch.sequences, inputs, x, &mut parts, partials));
     }
 
@@ -657,8 +711,6 @@ impl Backend for Cuda {
     ) {
         let (q, k, v) = (q.activation(), k_cache.activation(), v_cache.activation());
         let shape = cached_attention::Shape {
-            rows,
-            past,
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
@@ -666,8 +718,11 @@ impl Backend for Cuda {
             window: shape.window,
         };
         let mut scratch = self.scratch.borrow_mut();
-        let scratch = scratch.attention.at_least(&self.slabs, cached_attention::scratch_elements(&shape));
-        done(cached_attention::cached_attention(&shape, q, k, v, scratch, out.activation_mut()));
+        // A prompt is many rows: a few at a time do.
+        let needed = cached_attention::scratch_elements(shape, rows.min(CACHED_ROWS), past + rows);
+        let scratch = scratch.attention.at_least(&self.slabs, needed);
+        let out = out.activation_mut();
+        done(cached_attention::cached_attention(shape, rows, past, q, k, v, out, scratch));
     }
 
     fn copy_into(&self, len: usize, source: &CudaTensor, destination: &mut CudaTensor, offset: usize) {
@@ -706,20 +761,21 @@ impl Backend for Cuda {
         let (count, stride) = (batch.labelled_positions(), cross_entropy::stride(vocabulary));
         let step = chunk(vocabulary);
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { linear, logits, losses, .. } = &mut *scratch;
+        let Scratch { dequantised, logits, losses, .. } = &mut *scratch;
+        let room = self.room_for(dequantised, step, std::iter::once(head));
         let logits = logits.at_least(&self.slabs, step.min(count) * stride);
         let losses = losses.at_least(&self.slabs, count);
         let mut dh = dh.map(CudaTensor::activation_mut);
         for first in (0..count).step_by(step) {
             let rows = (count - first).min(step);
             let h = done(h.activation().slice(first * hidden, rows * hidden));
-            done(linear::logits(rows, hidden, &h, &head.weight, logits, stride, linear));
+            done(linear::logits(rows, hidden, &h, &head.weight, logits, stride, room));
             let targets = done(batch.targets.slice(first, rows));
             let mut loss = done(losses.slice(first, rows));
             done(cross_entropy::cross_entropy(rows, vocabulary, logits, &targets, &mut loss, dh.is_some()));
             if let Some(dh) = dh.as_deref_mut() {
                 let mut dh = done(dh.slice(first * hidden, rows * hidden));
-                done(linear::logits_gradient(rows, hidden, logits, stride, &head.weight, &mut dh, linear));
+                done(linear::logits_gradient(rows, hidden, logits, stride, &head.weight, &mut dh, room));
             }
         }
         let losses = done(losses.read(count));
@@ -730,12 +786,13 @@ impl Backend for Cuda {
         let vocabulary = head.weight.shape().0;
         let stride = cross_entropy::stride(vocabulary);
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { linear, logits, row: copy, .. } = &mut *scratch;
+        let Scratch { dequantised, logits, row: copy, .. } = &mut *scratch;
+        let room = self.room_for(dequantised, 1, std::iter::once(head));
         // A row of its own begins where vectors can be read.
         let copy = copy.at_least(&self.slabs, hidden);
         done(copy.copy_from(&done(h.activation().slice(row * hidden, hidden)), hidden, 0));
         let logits = logits.at_least(&self.slabs, stride);
-        done(linear::logits(1, hidden, copy, &head.weight, logits, stride, linear));
+        done(linear::logits(1, hidden, copy, &head.weight, logits, stride, room));
         done(logits.read(vocabulary))
     }
 
@@ -783,7 +840,7 @@ impl Backend for Cuda {
 }
 
 /// A GPU in words: `GPU (Orin, sm_87, 16 SMs at 1300 MHz)`.
-pub fn describe(properties: &finetuned_cuda::Properties) -> String {
-    let finetuned_cuda::Properties { name, sm, multiprocessors, clock_khz, .. } = properties;
+pub fn describe(properties: &Properties) -> String {
+    let Properties { name, sm, multiprocessors, clock_khz, .. } = properties;
     format!("GPU ({name}, sm_{sm}, {multiprocessors} SMs at {} MHz)", clock_khz / 1000)
 }

@@ -416,4 +416,6 @@ pub struct StepShape {
     pub rank: usize,
     /// Whether LoRA inputs are dropped out.
     pub dropout: bool,
+    /// Elements that share a scale, where the base is in NF4.
+    pub block: Option<usize>,
 }

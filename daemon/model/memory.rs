@@ -2,7 +2,8 @@
 
 use super::adapter::{AdapterLayout, Module};
 use super::config::ModelConfig;
-use crate::backend::StepShape;
+use super::weights::Base;
+use crate::backend::{FrozenMatrix, StepShape};
 use crate::units::Bytes;
 
 /// One line of a [`MemoryPlan`].
@@ -96,8 +97,13 @@ pub fn plan(
 }
 
 /// Shape of a step as the backend needs it for its scratch.
-pub fn step_shape(config: &ModelConfig, layout: &AdapterLayout, batch: MicroBatch) -> StepShape {
+pub fn step_shape(base: &Base, layout: &AdapterLayout, batch: MicroBatch) -> StepShape {
+    let config = &base.config;
     StepShape {
+        block: base.layers.first().and_then(|layer| match &layer.q.weight {
+            FrozenMatrix::Nf4(matrix) => Some(matrix.block),
+            FrozenMatrix::Dense(_) => None,
+        }),
         tokens: batch.tokens,
         labelled: batch.labelled,
         longest: batch.longest,

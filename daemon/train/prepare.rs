@@ -284,7 +284,7 @@ pub fn base_bytes<B: Backend>(backend: &B, base: &Base) -> Bytes {
 pub fn memory_plan<B: Backend>(spec: &Spec, backend: &B, prepared: &Prepared) -> MemoryPlan {
     let batch = largest_micro_batch(spec, &prepared.data);
     let config = &prepared.base.config;
-    let scratch = Bytes(backend.scratch_bytes(memory::step_shape(config, &prepared.layout, batch)));
+    let scratch = Bytes(backend.scratch_bytes(memory::step_shape(&prepared.base, &prepared.layout, batch)));
     let base = base_bytes(backend, &prepared.base);
     let program = resident_program();
     let plan = |recompute| {

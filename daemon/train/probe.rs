@@ -86,7 +86,7 @@ pub fn probe<B: Backend>(
     let mut measured = Measured::nothing(workload::setup(spec, &backend, &base, &layout, plan.recompute));
     let work = Work::new(&base.config, &layout, plan.recompute);
     let largest = prepare::largest_micro_batch(spec, &data);
-    backend.reserve(memory::step_shape(&base.config, &layout, largest));
+    backend.reserve(memory::step_shape(&base, &layout, largest));
     let decoder = Decoder::new(backend, base);
     let mut trainer = Trainer::new(decoder, layout, spec.run.seed, largest.tokens.max(1), plan.recompute);
 

@@ -318,7 +318,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let capacity = largest.tokens.max(1);
         let total_parameters = base.total_parameters() + layout.parameters();
         drop(tokenizer); // tens of megabytes, not needed while training
-        backend.reserve(memory::step_shape(&base.config, &layout, largest));
+        backend.reserve(memory::step_shape(&base, &layout, largest));
         let setup = workload::setup(spec, &backend, &base, &layout, plan.recompute);
         let work = Work::new(&base.config, &layout, plan.recompute);
         let decoder = Decoder::new(backend, base);

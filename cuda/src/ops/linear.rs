@@ -175,6 +175,31 @@ pub fn scratch_elements(group: &[(usize, usize)]) -> usize {
         .fold(0, usize::saturating_add)
 }
 
+/// Elements of [`Scratch`] that products of `m` rows with a group of weights in NF4 need: [`scratch_elements`], or none where
+/// the kernels dequantise on their way. `block` is the number of elements that share a scale.
+pub fn scratch_needed(device: &Properties, m: usize, block: usize, group: &[(usize, usize)]) -> usize {
+    let units = group.iter().all(|&(_, inputs)| in_units(inputs, block));
+    let fused = |table| select(table, device, m).is_some_and(is_fused);
+    if units && fused(&FORWARD_NF4) && fused(&GRADIENT_NF4) { 0 } else { scratch_elements(group) }
+}
+
+impl Matrix {
+    /// What [`scratch_needed`] is asked about this matrix: nothing for a dense one.
+    pub fn block(&self) -> Option<usize> {
+        match self.values {
+            Values::Dense(_) => None,
+            Values::Nf4 { block, .. } => Some(block),
+        }
+    }
+}
+
+impl Scratch {
+    /// Elements of its memory.
+    pub fn elements(&self) -> usize {
+        self.buffer.len()
+    }
+}
+
 fn place(elements: usize) -> usize {
     elements.checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX)
 }
