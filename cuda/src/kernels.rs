@@ -69,6 +69,15 @@ kernels! {
         square_sum 256 threads, 0 shared, 40 registers, 6 blocks;
         adamw 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "adapter_gradient.cu" {
+        adapter_gradient 256 threads, 0 shared, 80 registers, 3 blocks;
+        adapter_gradient_sum 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "cached_attention.cu" {
+        cached_attention_8 128 threads, 0 shared, 128 registers, 4 blocks;
+        cached_attention_1 128 threads, 0 shared, 128 registers, 4 blocks;
+        cached_attention_combine 128 threads, 0 shared, 40 registers, 12 blocks;
+    }
     "cross_entropy.cu" {
         cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
         cross_entropy_gradient 512 threads, 0 shared, 40 registers, 3 blocks;
@@ -109,6 +118,12 @@ kernels! {
         gather_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
         scatter_rows_8 256 threads, 0 shared, 40 registers, 6 blocks;
         scatter_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "small.cu" {
+        small_nf4 128 threads, 0 shared, 128 registers, 4 blocks;
+        small_dense 128 threads, 0 shared, 128 registers, 4 blocks;
+        small_elements_nf4 128 threads, 0 shared, 64 registers, 8 blocks;
+        small_elements_dense 128 threads, 0 shared, 64 registers, 8 blocks;
     }
     "swiglu.cu" {
         swiglu 256 threads, 0 shared, 40 registers, 6 blocks;

@@ -23,7 +23,8 @@ pub const HEADERS: &[Source] =
 
 /// One operation a file. A test compares both lists with the directory.
 pub const FILES: &[Source] = sources![
-    "adamw.cu" "cross_entropy.cu" "dropout.cu" "elementwise.cu" "nf4.cu" "rms_norm.cu" "rope.cu" "rows.cu" "swiglu.cu"
+    "adamw.cu" "adapter_gradient.cu" "cached_attention.cu" "cross_entropy.cu" "dropout.cu" "elementwise.cu" "nf4.cu"
+    "rms_norm.cu" "rope.cu" "rows.cu" "small.cu" "swiglu.cu"
 ];
 
 /// Options that decide what the compiler makes of the text, besides the architecture.

@@ -4,6 +4,8 @@
 //! nothing to do. `M` is the number of tokens; a buffer may be longer than its shape and is used from the front.
 
 pub mod adamw;
+pub mod adapter_gradient;
+pub mod cached_attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
@@ -11,6 +13,7 @@ pub mod nf4;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
+pub mod small;
 pub mod swiglu;
 
 use crate::error::Error;
