@@ -8,7 +8,7 @@
 use super::Operation;
 use super::dropout::Sequences;
 use super::nf4::{Absmax, RawAbsmax, dequantize};
-use crate::device::Device;
+use crate::device::{Device, Properties};
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::launcher::{Address, Argument, Launch};
