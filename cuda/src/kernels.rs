@@ -69,6 +69,10 @@ kernels! {
         square_sum 256 threads, 0 shared, 40 registers, 6 blocks;
         adamw 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "adapter_gradient.cu" {
+        adapter_gradient 256 threads, 0 shared, 80 registers, 3 blocks;
+        adapter_gradient_sum 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
     // Two blocks of heads of 128 fill the shared memory of an SM: up to 255 registers cost no block. The forward pass
     // does without; the gradient of the queries keeps the fragments of q and of dout beside its sums.
     "attention.cu" {
@@ -90,6 +94,11 @@ kernels! {
         attention_dkv_128 256 threads, 74240 shared, 128 registers, 2 blocks;
         attention_dq_64 128 threads, 32768 shared, 168 registers, 3 blocks;
         attention_dq_128 128 threads, 65536 shared, 240 registers, 2 blocks;
+    }
+    "cached_attention.cu" {
+        cached_attention_8 128 threads, 0 shared, 128 registers, 4 blocks;
+        cached_attention_1 128 threads, 0 shared, 128 registers, 4 blocks;
+        cached_attention_combine 128 threads, 0 shared, 40 registers, 12 blocks;
     }
     "cross_entropy.cu" {
         cross_entropy_loss 512 threads, 0 shared, 40 registers, 3 blocks;
@@ -159,6 +168,12 @@ kernels! {
         gather_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
         scatter_rows_8 256 threads, 0 shared, 40 registers, 6 blocks;
         scatter_rows_1 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
+    "small.cu" {
+        small_nf4 128 threads, 0 shared, 128 registers, 4 blocks;
+        small_dense 128 threads, 0 shared, 128 registers, 4 blocks;
+        small_elements_nf4 128 threads, 0 shared, 64 registers, 8 blocks;
+        small_elements_dense 128 threads, 0 shared, 64 registers, 8 blocks;
     }
     "swiglu.cu" {
         swiglu 256 threads, 0 shared, 40 registers, 6 blocks;

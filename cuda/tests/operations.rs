@@ -15,8 +15,12 @@
 
 #[path = "operations/adamw.rs"]
 mod adamw;
+#[path = "operations/adapter_gradient.rs"]
+mod adapter_gradient;
 #[path = "operations/attention.rs"]
 mod attention;
+#[path = "operations/cached_attention.rs"]
+mod cached_attention;
 #[path = "operations/cross_entropy.rs"]
 mod cross_entropy;
 #[path = "operations/dropout.rs"]
@@ -37,5 +41,7 @@ mod rows;
 mod sanitizers;
 #[path = "operations/simt.rs"]
 mod simt;
+#[path = "operations/small.rs"]
+mod small;
 #[path = "operations/swiglu.rs"]
 mod swiglu;

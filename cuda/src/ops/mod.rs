@@ -4,7 +4,9 @@
 //! nothing to do. `M` is the number of tokens; a buffer may be longer than its shape and is used from the front.
 
 pub mod adamw;
+pub mod adapter_gradient;
 pub mod attention;
+pub mod cached_attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
@@ -13,6 +15,7 @@ pub mod nf4;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
+pub mod small;
 pub mod swiglu;
 
 use crate::error::Error;
