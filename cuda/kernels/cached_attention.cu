@@ -16,7 +16,8 @@
 // as the keys were read: over the keys of a lane, by a butterfly over the lanes of an element, over the warps in order.
 //
 // Bytes: 4 for every element of a key head that is seen, once a row and for every HEADS query heads; 8·(head_dim + 2) of
-// scratch a head and chunk (at 4 query heads a key head and head_dim 128: an eighth). Bound: memory.
+// scratch a head and chunk (at 4 query heads a key head and head_dim 128: a sixteenth
+// of the keys and values). Bound: memory.
 #include <reduce.cuh>
 #include <vector.cuh>
 

@@ -2,33 +2,37 @@
 //
 //   y[m, o] = bf16(Σ x[m, k]·W[o, k] + Σ u[m, j]·B[o, j] + bias[o])      logits: the sum in fp32, without rounding
 //
-// x: bf16 [rows, inputs], rows ≤ 8; W: [outputs, inputs], bf16, or NF4 in bitsandbytes' order (two codes a byte, row-major)
-// dequantised to bf16 as nf4_dequantize does; u: bf16 [rows, r]; B: bf16 [outputs, r]; bias: fp32 [outputs]; y: bf16
-// [rows, outputs].
+// x: bf16 [rows, inputs], rows ≤ 8; W: [outputs, inputs], bf16, or NF4 in units (gemm_pack.cu) whose value is
+// bf16(NF4[code]·absmax); u: bf16 [rows, r]; B: bf16 [outputs, r]; bias: fp32 [outputs]; y: bf16 [rows, outputs].
 //
 // mma with W as its left side, 16 outputs, and x as its right, 8 rows: what is computed for a row is the same whatever the
-// others are, and eight rows cost what one costs. Both sides come from global memory straight into fragments: a lane reads
-// 16 bytes of W at a time, 32 codes or 8 bf16, and since k may be numbered in any way that both sides agree on, the lane's
-// own elements are its part of the fragments (lane t of four has k = run·t .. run·(t + 1) − 1, four of them a product).
+// others are, and eight rows cost what one costs. Both sides come from global memory straight into fragments. Rows of the
+// left side and k may be numbered in any way that both sides agree on, so a lane's part of the fragments is what it can
+// read at 16 bytes a time:
 //
-// A block takes 32 outputs. Its four warps share k: warp w the steps w, w + 4, …; the last thing that warp 0 adds is the
-// adapter. Then the four sums of an output are added in order. The next step's weights are under way while one is computed.
+//   k        lane t of the four that share a row has a run of k of its own: 32 codes (two units), or 8 bf16; a product
+//            takes four of each run
+//   outputs  lane g of the eight has outputs 2g and 2g + 1 of 16, which lie side by side in a unit
 //
-// Where rows of W do not start at multiples of 16 bytes (inputs not a multiple of 32 codes, or of 8 bf16) a warp takes an
-// output, a lane every 32nd element (small_elements).
+// A block takes 32 outputs, a panel of units. Its four warps share k: warp w the steps w, w + 4, …; the last thing that
+// warp 0 adds is the adapter. Then the four sums of an output are added in order. The next step's weights are under way
+// while one is computed.
+//
+// Where rows of W do not start at multiples of 16 bytes, or NF4 is not in units but row-major (`row_of_unit` needs inputs
+// that are a multiple of the block of scales), a warp takes an output, a lane every 32nd element (small_elements).
 //
 // Bytes: the weight once, 2 or 0.5 an element and the scales; x (rows·inputs·2) for each 32 outputs, from the caches.
 // Bound: memory; NF4 in 30 W mode by shared memory, from which each code's value is read (16 values in 16 banks, no
 // conflicts): 8 SMs at 612 MHz look up 157·10⁹ codes a second, 78 GB/s of weight.
-#include <nf4.cuh>
+#include <gemm_units.cuh>
 #include <ptx.cuh>
 #include <reduce.cuh>
 #include <vector.cuh>
 
 constexpr u32 WARPS = 4;
 constexpr u32 THREADS = WARPS * WARP;
-constexpr u32 OUTPUTS = 32;  // of a block
-constexpr u32 ROWS = 8;      // of x, at most
+constexpr u32 OUTPUTS = PANEL;  // of a block
+constexpr u32 ROWS = 8;         // of x, at most
 
 struct Operands {
     global<bf16> y;          // either
@@ -47,8 +51,10 @@ __device__ __forceinline__ void finish(const Operands& p, u32 row, u32 output, f
         store_global(p.logits + at, sum);
 }
 
-// Outputs of a lane: 0 and 1 of the upper tile of 16, 2 and 3 of the lower.
-__device__ __forceinline__ u32 output_of(u32 i) { return blockIdx.x * OUTPUTS + i * 8 + threadIdx.x % WARP / 4; }
+// Outputs of a lane: two of the first 16 of the block, two of the others.
+__device__ __forceinline__ u32 output_of(u32 i) {
+    return blockIdx.x * OUTPUTS + i / 2 * 16 + threadIdx.x % WARP / 4 * 2 + i % 2;
+}
 
 struct DenseWeight {
     global<const bf16> weight;
@@ -80,16 +86,16 @@ struct DenseWeight {
 };
 
 struct Nf4Weight {
-    global<const u8> codes;
+    global<const u8> codes;  // in units, or row-major for `element`
     const Absmax& absmax;
     u32 shift;
     shared<float> values;  // [16]
     shared<float> map;     // [256], of nested scales
 
     static constexpr u32 RUN = 32;
-    // Codes with their scale, which if nested is a code itself and its factor.
+    // Codes of 16 inputs of two outputs each, and scales, which if nested are codes themselves with their factors.
     struct Piece {
-        vec<u32, 4> codes[4];
+        vec<u32, 4> codes[2][2];  // first or second 16 outputs; first or second unit
         u32 scale[4];
         float nested[4];
     };
@@ -101,15 +107,23 @@ struct Nf4Weight {
         __syncthreads();
     }
 
+    // The panel's last outputs may lie outside: their codes are there, their scales are 0.
     __device__ __forceinline__ Piece fetch(const Operands& p, u32 k) const {
         Piece piece;
 #pragma unroll
+        for (u32 tile = 0; tile < 2; tile++)
+#pragma unroll
+            for (u32 unit = 0; unit < 2; unit++) {
+                piece.codes[tile][unit] = vec<u32, 4>{{0, 0, 0, 0}};
+                if (k < p.inputs)
+                    piece.codes[tile][unit] =
+                        load_global<vec<u32, 4>>(codes + row_of_unit(output_of(2 * tile), k / UNIT + unit, p.inputs));
+            }
+#pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            piece.codes[i] = vec<u32, 4>{{0, 0, 0, 0}};
             piece.scale[i] = 0, piece.nested[i] = 0;
             if (k >= p.inputs || output_of(i) >= p.outputs) continue;
-            const u64 index = u64(output_of(i)) * p.inputs + k, block = index >> shift;
-            piece.codes[i] = load_global<vec<u32, 4>>(codes + index / 2);
+            const u64 block = (u64(output_of(i)) * p.inputs + k) >> shift;
             if (absmax.plain != nullptr) {
                 piece.scale[i] = load_global<u32>(absmax.plain + block);
             } else {
@@ -127,7 +141,7 @@ struct Nf4Weight {
     }
 
     __device__ __forceinline__ u32 pair(const Piece& piece, u32 i, u32 n, float scale) const {
-        const u32 byte = piece.codes[i][n / 4] >> n % 4 * 8;
+        const u32 byte = piece.codes[i / 2][n / 8][i % 2 * 2 + n / 4 % 2] >> n % 4 * 8;
         return pack_bf16(load_shared<float>(values + (byte >> 4 & 15)) * scale,
                          load_shared<float>(values + (byte & 15)) * scale);
     }
@@ -204,15 +218,16 @@ __device__ __forceinline__ void product(const Operands& p, const W& weight) {
     }
     if (warp == 0 && p.down != nullptr) add_adapter(sum, p);
 
-    // [warp, row, output]. Rows PITCH apart: the fragments of a warp, four rows of eight outputs, lie in 32 banks.
+    // [warp, row, output]. Rows PITCH apart: the pairs of half a warp, four rows of four, lie in 32 banks.
     constexpr u32 PITCH = OUTPUTS + 4;
     shared<float> parts = static_shared<float, WARPS * ROWS * PITCH, 2>();
 #pragma unroll
     for (u32 tile = 0; tile < 2; tile++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-            const u32 output = tile * 16 + i / 2 * 8 + lane / 4, column = lane % 4 * 2 + i % 2;
-            store_shared(parts + ((warp * ROWS + column) * PITCH + output), sum[tile].c[i]);
+        for (u32 i = 0; i < 2; i++) {
+            const u32 output = tile * 16 + lane / 4 * 2, column = lane % 4 * 2 + i;
+            const vec<float, 2> pair = {{sum[tile].c[i], sum[tile].c[i + 2]}};
+            store_shared(parts + ((warp * ROWS + column) * PITCH + output), pair);
         }
     __syncthreads();
     for (u32 i = threadIdx.x; i < p.rows * OUTPUTS; i += THREADS) {

@@ -15,10 +15,10 @@
 
 #[path = "operations/adamw.rs"]
 mod adamw;
-#[path = "operations/attention.rs"]
-mod attention;
 #[path = "operations/adapter_gradient.rs"]
 mod adapter_gradient;
+#[path = "operations/attention.rs"]
+mod attention;
 #[path = "operations/cached_attention.rs"]
 mod cached_attention;
 #[path = "operations/cross_entropy.rs"]

@@ -29,7 +29,7 @@ use finetuned_cuda::memory::Slabs;
 use finetuned_cuda::ops::adapter_gradient::PartShape;
 use finetuned_cuda::ops::{
     adamw, adapter_gradient, attention, cached_attention, cross_entropy, dropout, elementwise, linear, nf4,
-    rms_norm, rope, rows, swiglu,
+    rms_norm, rope, rows, small, swiglu,
 };
 use finetuned_cuda::{Buffer, Device, Element, Error, Properties};
 use half::bf16;
@@ -103,7 +103,6 @@ struct Scratch {
     down: [Grown<bf16>; GROUP],
     /// drop(X) of the layers of a group.
     dropped: [Grown<bf16>; GROUP],
-    row: Grown<bf16>,
     squares: Grown<f64>,
 }
 
@@ -117,7 +116,6 @@ struct Sizes {
     losses: usize,
     down: usize,
     dropped: [usize; GROUP],
-    row: usize,
 }
 
 impl Sizes {
@@ -146,12 +144,11 @@ impl Sizes {
             losses: s.labelled,
             down: s.tokens * s.rank,
             dropped: [dropped(widest), dropped(s.hidden), dropped(s.hidden)],
-            row: s.hidden,
         }
     }
 
     fn bytes(self, tokens: usize) -> u64 {
-        let halves = self.dequantised + GROUP * self.down + self.dropped.iter().sum::<usize>() + self.row;
+        let halves = self.dequantised + GROUP * self.down + self.dropped.iter().sum::<usize>();
         let floats = self.partials + self.attention + self.logits;
         (2 * halves + 4 * floats + 8 * self.losses + tokens * Buffers::TOKEN) as u64
     }
@@ -235,6 +232,31 @@ impl Cuda {
             .first()
             .map_or(0, |(block, _)| linear::scratch_needed(self.device.properties(), m, *block, &shapes));
         self.room_to_dequantise(scratch, needed)
+    }
+
+    /// One projection of a few rows.
+    fn small(
+        &self,
+        rows: usize,
+        inputs: usize,
+        x: &Buffer<bf16>,
+        p: &mut Projection<'_, Self>,
+        room: &mut linear::Scratch,
+    ) {
+        let weight = &p.weight.weight;
+        let adapter = p.lora.as_ref().zip(p.down.as_deref_mut()).map(|(lora, down)| {
+            let (a, b, rank) = (lora.a.working(), lora.b.working(), lora.rank);
+            let down = down.activation_mut();
+            let scale = lora.scale as f32;
+            let lora = Some(linear::Lora { a, b, rank, scale, down: &mut *down, input: None });
+            let mut part = [linear::Forward { weight, bias: None, lora, y: None }];
+            done(linear::forward(rows, inputs, x, &mut part, room));
+            small::Adapter { rank, down: &*down, b }
+        });
+        if let Some(y) = p.output.as_deref_mut() {
+            let bias = p.bias.map(CudaTensor::float);
+            done(small::product(rows, x, weight, adapter, bias, y.activation_mut()));
+        }
     }
 
     fn nf4(&self, matrix: &Nf4Matrix) -> linear::Matrix {
@@ -382,7 +404,7 @@ impl Backend for Cuda {
     fn reserve(&self, shape: StepShape) {
         let sizes = Sizes::of(self.device.properties(), shape);
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { dequantised, partials, attention, logits, losses, down, dropped, row, squares } =
+        let Scratch { dequantised, partials, attention, logits, losses, down, dropped, squares } =
             &mut *scratch;
         self.room_to_dequantise(dequantised, sizes.dequantised);
         partials.at_least(&self.slabs, sizes.partials);
@@ -395,7 +417,6 @@ impl Backend for Cuda {
         for buffer in down {
             buffer.at_least(&self.slabs, sizes.down);
         }
-        row.at_least(&self.slabs, sizes.row);
         squares.at_least(&self.slabs, adamw::PARTIALS);
         let buffers = done(room(&self.pool, &mut self.slabs.borrow_mut(), shape.tokens));
         self.pool.borrow_mut().push(buffers);
@@ -537,6 +558,15 @@ impl Backend for Cuda {
         let x = x.activation();
         let mut scratch = self.scratch.borrow_mut();
         let Scratch { dequantised, dropped, .. } = &mut *scratch;
+        // The products of a few rows sum in another order. Where nothing is labelled no gradient and no loss depends on
+        // that, and the tokens of an answer are computed one by one.
+        if batch.len() <= small::MOST_ROWS && batch.labelled_positions() == 0 {
+            let room = self.room_to_dequantise(dequantised, 0);
+            for p in projections {
+                self.small(batch.len(), inputs, x, p, room);
+            }
+            return;
+        }
         let room = self.room_for(dequantised, batch.len(), projections.iter().map(|p| p.weight));
         let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
         let dropped = self.drop_inputs(batch, inputs, x, dropouts, dropped);
@@ -783,16 +813,11 @@ impl Backend for Cuda {
     }
 
     fn logits(&self, hidden: usize, h: &CudaTensor, row: usize, head: &CudaMatrix) -> Vec<f32> {
-        let vocabulary = head.weight.shape().0;
-        let stride = cross_entropy::stride(vocabulary);
+        let (vocabulary, inputs) = head.weight.shape();
+        debug_assert_eq!(inputs, hidden);
         let mut scratch = self.scratch.borrow_mut();
-        let Scratch { dequantised, logits, row: copy, .. } = &mut *scratch;
-        let room = self.room_for(dequantised, 1, std::iter::once(head));
-        // A row of its own begins where vectors can be read.
-        let copy = copy.at_least(&self.slabs, hidden);
-        done(copy.copy_from(&done(h.activation().slice(row * hidden, hidden)), hidden, 0));
-        let logits = logits.at_least(&self.slabs, stride);
-        done(linear::logits(1, hidden, copy, &head.weight, logits, stride, room));
+        let logits = scratch.logits.at_least(&self.slabs, vocabulary);
+        done(small::logits_row(row, h.activation(), &head.weight, logits));
         done(logits.read(vocabulary))
     }
 

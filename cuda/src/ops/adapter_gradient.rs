@@ -24,9 +24,10 @@ const JOBS: usize = 6;
 const SUMMED: usize = 256 * 4;
 /// Largest grid in y and z (CUDA C++ Programming Guide, "Compute Capabilities").
 const MOST_IN_Y: usize = 65_535;
-/// From so many tiles an SM on, blocks walk all chunks themselves. Derived: three blocks fit on an SM, and with a fourth of
-/// them waiting the last wave is at most a third of the time; scratch would cost more. To be replaced by a measurement.
-const WHOLE_FROM: usize = 4;
+/// From so many tiles an SM on, blocks walk all chunks themselves. Derived: a block has two stages of up to 12 KiB under way
+/// and memory wants 200 GB/s · 1 µs = 200 KB of them, which two blocks on each of 16 SMs (or of 8, in 30 W mode) exceed
+/// without the traffic of scratch. To be replaced by a measurement.
+const WHOLE_FROM: usize = 2;
 
 /// One layer of a group that shares its input.
 #[derive(Debug)]
@@ -159,11 +160,6 @@ impl Thin {
     }
 }
 
-/// Elements of a gradient in a slot of scratch, where each starts at a multiple of 16 bytes.
-fn padded(elements: usize) -> usize {
-    elements.next_multiple_of(4)
-}
-
 /// Whether blocks add to the gradients themselves, all chunks of all sequences. A question of the grid: the order of the sum
 /// is the same.
 fn whole(properties: &Properties, inputs: usize, parts: &[PartShape]) -> bool {
@@ -193,7 +189,11 @@ pub fn scratch_elements(
     if whole(properties, inputs, parts) {
         return 0;
     }
-    let slot: usize = parts.iter().map(|p| padded(p.rank * inputs) + padded(p.outputs * p.rank)).sum();
+    let gradient = |rows: usize, columns: usize| rows.saturating_mul(columns).div_ceil(4).saturating_mul(4);
+    let slot = parts
+        .iter()
+        .flat_map(|p| [gradient(p.rank, inputs), gradient(p.outputs, p.rank)])
+        .fold(0, usize::saturating_add);
     slot.saturating_mul(slots(tokens, sequences))
 }
 
@@ -229,7 +229,7 @@ pub fn adapter_gradients(
         let count = operation.product(&sizes)?;
         operation.has(name, buffer, count)?;
         let gradient = Gradient { gradient: buffer.address().0, partial: slot as u64, count: count as u64 };
-        slot += padded(count);
+        slot += count.next_multiple_of(4); // each starts at a multiple of 16 bytes
         gradients.push(gradient);
         within.push(buffer.output());
         Ok::<_, Error>(gradient)

@@ -39,8 +39,9 @@ pub struct Matrix {
     values: Values,
 }
 
+/// How a [`Matrix`] lies in memory.
 #[derive(Debug)]
-enum Values {
+pub(crate) enum Values {
     Dense(Buffer<bf16>),
     Nf4 { block: usize, packed: Buffer<u8>, absmax: Absmax },
 }
@@ -126,8 +127,13 @@ impl Matrix {
         self.outputs * self.inputs
     }
 
+    /// Its elements; NF4 is in units where it [`Matrix::fuses`], else row-major.
+    pub(crate) fn values(&self) -> &Values {
+        &self.values
+    }
+
     /// Whether the kernels can dequantise it on its way.
-    fn fuses(&self) -> bool {
+    pub(crate) fn fuses(&self) -> bool {
         matches!(self.values, Values::Nf4 { block, .. } if in_units(self.inputs, block))
     }
 

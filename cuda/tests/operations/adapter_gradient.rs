@@ -226,7 +226,7 @@ fn the_cut_into_micro_batches_cannot_be_seen() {
 #[test]
 fn whole_and_split_have_one_order() {
     let (lengths, inputs, rank) = ([258, 30], 24, 8);
-    let wide = group(&lengths, inputs, &[(64 * 128, rank, false)]);
+    let wide = group(&lengths, inputs, &[(31 * 128, rank, false)]);
     let narrow_outputs = 200;
     let layer = &wide.layers[0];
     let columns = |row: &[f64]| row[..narrow_outputs].to_vec();

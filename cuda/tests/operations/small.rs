@@ -3,8 +3,9 @@ use crate::harness::{
     upload_f32,
 };
 use crate::nf4::{CODES, bytes};
+use finetuned_cuda::ops::linear::Matrix;
 use finetuned_cuda::ops::nf4::{Absmax, dequantize};
-use finetuned_cuda::ops::small::{Adapter, Weight, logits_row, product};
+use finetuned_cuda::ops::small::{Adapter, logits_row, product};
 use finetuned_cuda::{Buffer, Device, Error};
 use half::bf16;
 
@@ -19,7 +20,7 @@ const SHAPES: [(usize, usize, usize, usize); 12] = [
     (2, 1536, 64, 8),
     (5, 96, 40, 5),
     (1, 40, 35, 16),
-    (8, 2080, 50, 64),
+    (8, 2112, 50, 64),
     (0, 64, 8, 0),
     (2, 64, 0, 4),
     (2, 0, 40, 17),
@@ -40,41 +41,35 @@ const KINDS: [Kind; 4] =
 const OFFSET: f32 = 0.125_5;
 const NESTED_BLOCK: usize = 4;
 
-/// A weight on a device.
-enum Stored {
-    Dense(Buffer<bf16>),
-    Nf4 { codes: Buffer<u8>, block: usize, absmax: Absmax },
+/// Row-major codes of a weight, and their scales.
+fn quantized(device: &Device, kind: Kind, count: usize) -> (usize, Buffer<u8>, Absmax) {
+    let codes = Buffer::from_slice(device, &bytes(count.div_ceil(2), 11)).unwrap();
+    match kind {
+        Kind::Dense => unreachable!("it has no codes"),
+        Kind::Nf4 { block } => {
+            (block, codes, Absmax::Plain(upload_f32(device, &random(count.div_ceil(block), 12))))
+        }
+        Kind::Nested { block } => {
+            let blocks = count.div_ceil(block);
+            let absmax = Absmax::Nested {
+                codes: Buffer::from_slice(device, &bytes(blocks, 13)).unwrap(),
+                map: upload_f32(device, &random(256, 14)),
+                nested: upload_f32(device, &random(blocks.div_ceil(NESTED_BLOCK), 15)),
+                nested_block: NESTED_BLOCK,
+                offset: OFFSET,
+            };
+            (block, codes, absmax)
+        }
+    }
 }
 
-impl Stored {
-    fn new(device: &Device, kind: Kind, count: usize) -> Stored {
-        let codes = || Buffer::from_slice(device, &bytes(count.div_ceil(2), 11)).unwrap();
-        match kind {
-            Kind::Dense => Stored::Dense(upload(device, &random(count, 10))),
-            Kind::Nf4 { block } => {
-                let absmax = Absmax::Plain(upload_f32(device, &random(count.div_ceil(block), 12)));
-                Stored::Nf4 { codes: codes(), block, absmax }
-            }
-            Kind::Nested { block } => {
-                let blocks = count.div_ceil(block);
-                let absmax = Absmax::Nested {
-                    codes: Buffer::from_slice(device, &bytes(blocks, 13)).unwrap(),
-                    map: upload_f32(device, &random(256, 14)),
-                    nested: upload_f32(device, &random(blocks.div_ceil(NESTED_BLOCK), 15)),
-                    nested_block: NESTED_BLOCK,
-                    offset: OFFSET,
-                };
-                Stored::Nf4 { codes: codes(), block, absmax }
-            }
-        }
+fn matrix(device: &Device, kind: Kind, outputs: usize, inputs: usize) -> Matrix {
+    if kind == Kind::Dense {
+        return Matrix::dense(outputs, inputs, upload(device, &random(outputs * inputs, 10))).unwrap();
     }
-
-    fn weight(&self) -> Weight<'_> {
-        match self {
-            Stored::Dense(weight) => Weight::Dense(weight),
-            Stored::Nf4 { codes, block, absmax } => Weight::Nf4 { codes, block: *block, absmax },
-        }
-    }
+    let (block, codes, absmax) = quantized(device, kind, outputs * inputs);
+    let packed = poisoned(device, Matrix::packed_bytes(outputs, inputs, block));
+    Matrix::nf4(outputs, inputs, block, &codes, packed, absmax).unwrap()
 }
 
 /// The elements of the same weight.
@@ -122,11 +117,11 @@ impl Run {
         let x = upload(device, &x[from * inputs..(from + rows) * inputs]);
         let down = upload(device, &down[from * rank..(from + rows) * rank]);
         let (b, bias) = (upload(device, &random(outputs * rank, 3)), upload_f32(device, &random(outputs, 4)));
-        let stored = Stored::new(device, kind, outputs * inputs);
+        let weight = matrix(device, kind, outputs, inputs);
         let adapter = (rank > 0).then_some(Adapter { rank, down: &down, b: &b });
         let mut y = poisoned(device, rows * outputs + BEHIND);
         let bias = self.bias.then_some(&bias);
-        product(rows, inputs, outputs, &x, stored.weight(), adapter, bias, &mut y)?;
+        product(rows, &x, &weight, adapter, bias, &mut y)?;
         Ok(y)
     }
 
@@ -190,13 +185,13 @@ fn a_row_is_the_same_alone() {
 /// One-hot rows read the weight element by element: exactly what dequantisation gives.
 #[test]
 fn the_weight_is_the_dequantised_one() {
-    let (inputs, outputs) = (96, 37);
-    for kind in KINDS.into_iter().filter(|&kind| kind != Kind::Dense) {
+    // 96 inputs are in units with blocks of 32, and row-major with blocks of 64.
+    for (inputs, kind) in [(96, KINDS[1]), (96, KINDS[2]), (128, KINDS[1]), (128, KINDS[3])] {
+        let outputs = 37;
         everywhere(
             |device| {
-                let Stored::Nf4 { codes, block, absmax } = Stored::new(device, kind, outputs * inputs) else {
-                    unreachable!("not dense")
-                };
+                let (block, codes, absmax) = quantized(device, kind, outputs * inputs);
+                let weight = matrix(device, kind, outputs, inputs);
                 let mut w = poisoned(device, outputs * inputs);
                 dequantize(outputs * inputs, block, &codes, &absmax, &mut w)?;
                 let w = w.read(outputs * inputs)?;
@@ -205,8 +200,7 @@ fn the_weight_is_the_dequantised_one() {
                     let mut x = vec![0.0; 8 * inputs];
                     (0..8).for_each(|row| x[row * inputs + first + row] = 1.0);
                     let (x, mut y) = (upload(device, &x), poisoned(device, 8 * outputs));
-                    let weight = Weight::Nf4 { codes: &codes, block, absmax: &absmax };
-                    product(8, inputs, outputs, &x, weight, None, None, &mut y)?;
+                    product(8, &x, &weight, None, None, &mut y)?;
                     found.extend(y.read(8 * outputs)?);
                     expected.extend((0..8 * outputs).map(|i| w[i % outputs * inputs + first + i / outputs]));
                 }
@@ -229,9 +223,9 @@ fn logits_are_not_rounded() {
             let oracle = by_rows(1, vocabulary, hidden, &h[row * hidden..], &w);
             everywhere(
                 |device| {
-                    let stored = Stored::new(device, kind, vocabulary * hidden);
+                    let head = matrix(device, kind, vocabulary, hidden);
                     let (h, mut logits) = (upload(device, &h), poisoned(device, vocabulary + BEHIND));
-                    logits_row(row, hidden, vocabulary, &h, stored.weight(), &mut logits)?;
+                    logits_row(row, &h, &head, &mut logits)?;
                     Ok(vec![("logits", logits.all())])
                 },
                 |device, outputs| {
@@ -274,23 +268,18 @@ fn traffic_is_the_weight() {
 fn what_does_not_fit_is_refused_by_name() {
     let Some(simt) = crate::harness::simt() else { return };
     let device = &simt.device();
-    let refused = |rows: usize, x: usize, b: usize, block: usize| {
-        let (x, y) = (poisoned::<bf16>(device, x), &mut poisoned(device, 8 * 9));
-        let (codes, absmax) = (poisoned(device, 288), Absmax::Plain(poisoned(device, 9)));
+    let refused = |rows: usize, x: usize, b: usize, y: usize| {
+        let (x, y) = (poisoned::<bf16>(device, x), &mut poisoned(device, y));
         let (down, b) = (poisoned(device, 32), poisoned(device, b));
         let adapter = Some(Adapter { rank: 4, down: &down, b: &b });
-        let weight = Weight::Nf4 { codes: &codes, block, absmax: &absmax };
-        product(rows, 64, 9, &x, weight, adapter, None, y).unwrap_err().to_string()
+        let weight = matrix(device, Kind::Nf4 { block: 64 }, 9, 64);
+        product(rows, &x, &weight, adapter, None, y).unwrap_err().to_string()
     };
-    assert_eq!(refused(9, 9 * 64, 36, 64), "small product: 9 rows, more than 8");
-    assert_eq!(refused(8, 511, 36, 64), "small product: x has 511 elements, 512 are needed");
-    assert_eq!(refused(8, 512, 35, 64), "small product: b has 35 elements, 36 are needed");
-    assert_eq!(
-        refused(8, 512, 36, 64 * 3),
-        "small product: blocks of 192 elements, not of a power of two from 32 on"
-    );
-    assert_eq!(refused(8, 512, 36, 32), "small product: absmax has 9 elements, 18 are needed");
-    let (h, head, mut logits) = (poisoned(device, 64), poisoned(device, 64 * 5), poisoned(device, 5));
-    let error = logits_row(1, 64, 5, &h, Weight::Dense(&head), &mut logits).unwrap_err().to_string();
+    assert_eq!(refused(9, 9 * 64, 36, 81), "small product: 9 rows, more than 8");
+    assert_eq!(refused(8, 511, 36, 72), "small product: x has 511 elements, 512 are needed");
+    assert_eq!(refused(8, 512, 35, 72), "small product: b has 35 elements, 36 are needed");
+    assert_eq!(refused(8, 512, 36, 71), "small product: y has 71 elements, 72 are needed");
+    let (h, mut logits) = (poisoned(device, 64), poisoned(device, 5));
+    let error = logits_row(1, &h, &matrix(device, Kind::Dense, 5, 64), &mut logits).unwrap_err().to_string();
     assert_eq!(error, "logits of a row: h has 64 elements, 128 are needed");
 }
