@@ -8,7 +8,7 @@ use finetuned_cuda::Buffer;
 use finetuned_cuda::ops::nf4::{Absmax, dequantize, quantize};
 use half::bf16;
 
-const CODES: [f32; 16] = [
+pub const CODES: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -30,7 +30,7 @@ const CODES: [f32; 16] = [
 /// One element, an odd number, short last blocks, more than a block of threads.
 const SIZES: [usize; 8] = [0, 1, 63, 64, 65, 1000, 8192, 20_001];
 
-fn bytes(len: usize, seed: u64) -> Vec<u8> {
+pub fn bytes(len: usize, seed: u64) -> Vec<u8> {
     random(len, seed)
         .iter()
         .map(|v| v.to_bits().wrapping_mul(0x9e37_79b9) as u8 ^ (v.to_bits() >> 37) as u8)
