@@ -6,9 +6,14 @@ constexpr u32 PANEL = 32;  // outputs of a unit
 constexpr u32 UNIT = 16;   // inputs of a unit
 constexpr u32 UNIT_BYTES = PANEL * UNIT / 2;
 
+// The byte at which a unit begins: the panel-th from above, the unit-th from the left.
+__device__ __forceinline__ u64 unit_at(u32 panel, u32 unit, u32 inputs) {
+    return (u64(panel) * (inputs / UNIT) + unit) * UNIT_BYTES;
+}
+
 // The byte at which the codes of a row of a unit begin.
 __device__ __forceinline__ u64 row_of_unit(u32 row, u32 unit, u32 inputs) {
-    return (u64(row / PANEL) * (inputs / UNIT) + unit) * UNIT_BYTES + row % PANEL * (UNIT / 2);
+    return unit_at(row / PANEL, unit, inputs) + row % PANEL * (UNIT / 2);
 }
 
 // Eight codes times their scale. `table` is NF4_CODES: sixteen values in sixteen banks, so that lanes never conflict.
