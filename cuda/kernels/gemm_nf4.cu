@@ -5,8 +5,7 @@
 // As gemm.cu, but the right operand's tiles travel as codes, in the ring of the left's; a warp then dequantises a unit a tile
 // (a lane a row of 16 codes, which it copied itself, with one scale) into one of two tiles of bf16:
 //
-//     wait for tile k (left) and k + 1 (codes) ─► barrier ─► ask for tile k + 3 and k + 4 ─► ask for the scales of k + 2
-//                                                         ─► dequantise k + 1 ─► 2 steps of mma on tile k
+//     wait for tile k + 1 ─► barrier ─► ask for tile k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on tile k
 //
 // Dequantising and multiplying do not wait for each other. inputs is a multiple of 32 and of the block of scales.
 //
@@ -63,23 +62,24 @@ __device__ __forceinline__ void fused(const Group& group) {
         const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);
         const Unit<NN> unit;
         const u32 lane = threadIdx.x % WARP;
+        // Of this lane's row in a tile of bf16; its second half is the piece beside it.
+        const u32 place = swizzled<right_chunks<T, NN>()>(PANEL * unit.down + lane, 2 * unit.across);
         // First output and first input of this warp's unit of a tile.
         auto output_of = [&](u32 k) { return NN ? k : n0 + PANEL * unit.down; };
         auto input_of = [&](u32 k) { return (NN ? n0 : k) + UNIT * unit.across; };
 
-        auto ask_left = [&](u32 tile) {
-            if (tile >= tiles) return;
-            const Position<SUM> at(group, first, tile);
-            copy_left<T>(left + tile % STAGES * T::LEFT, group.parts[at.part], group.m, m0, at.k);
-        };
-        auto ask_codes = [&](u32 tile) {
-            if (tile >= tiles) return;
-            const Position<SUM> at(group, first, tile);
-            const Part& part = group.parts[at.part];
-            const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
-            const u32 o = output_of(at.k), i = input_of(at.k);
-            cp_async<8>(codes + tile % STAGES * CODES,
-                        part.packed + (unit_at(o / PANEL, i / UNIT, inputs) + lane * (UNIT / 2)), o < outputs && i < inputs);
+        auto ask = [&](u32 tile) {
+            if (tile < tiles) {
+                const Position<SUM> at(group, first, tile);
+                const Part& part = group.parts[at.part];
+                const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
+                const u32 o = output_of(at.k), i = input_of(at.k), stage = tile % STAGES;
+                copy_left<T>(left + stage * T::LEFT, part, group.m, m0, at.k);
+                cp_async<8>(codes + stage * CODES,
+                            part.packed + (unit_at(o / PANEL, i / UNIT, inputs) + lane * (UNIT / 2)),
+                            o < outputs && i < inputs);
+            }
+            cp_async_commit();
         };
         // 0 for rows outside: their codes may be anything.
         Scale scale = {0, PLAIN};
@@ -88,6 +88,7 @@ __device__ __forceinline__ void fused(const Group& group) {
             const Position<SUM> at(group, first, tile);
             const Part& part = group.parts[at.part];
             const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
+            if (!NN && at.k % (1u << part.block_shift) != 0) return;  // the same block still: they are 32 inputs at least
             const u32 o = output_of(at.k) + lane, i = input_of(at.k);
             scale = {0, PLAIN};
             if (o < outputs && i < inputs) scale = ask_scale(part, o, i);
@@ -102,26 +103,19 @@ __device__ __forceinline__ void fused(const Group& group) {
             for (u32 h = 0; h < 2; h++) {
                 float x[8];
                 dequantize_8(x, pair[h], table, by);
-                constexpr u32 CHUNKS = right_chunks<T, NN>();
-                const u32 row = PANEL * unit.down + lane, chunk = 2 * unit.across + h;
-                store_shared(right + tile % 2 * T::RIGHT + swizzled<CHUNKS>(row, chunk), narrow(x));
+                store_shared(right + tile % 2 * T::RIGHT + (place ^ 8 * h), narrow(x));
             }
         };
 
         ask_scale_of(0);
-        ask_codes(0);
 #pragma unroll
-        for (u32 tile = 0; tile + 1 < STAGES; tile++) {
-            ask_left(tile), ask_codes(tile + 1);
-            cp_async_commit();
-        }
+        for (u32 tile = 0; tile + 1 < STAGES; tile++) ask(tile);
         cp_async_wait<STAGES - 2>();
         dequantize(0);
         for (u32 tile = 0; tile < tiles; tile++) {
-            cp_async_wait<STAGES - 2>();
+            cp_async_wait<STAGES - 3>();
             __syncthreads();
-            ask_left(tile + STAGES - 1), ask_codes(tile + STAGES);
-            cp_async_commit();
+            ask(tile + STAGES - 1);
             dequantize(tile + 1);
             multiply_tile<T, NN>(acc, left + tile % STAGES * T::LEFT, right + tile % 2 * T::RIGHT);
         }
