@@ -117,7 +117,8 @@ __device__ __forceinline__ void store_global(T* p, const V& value) {
 template <typename V, typename T>
 __device__ __forceinline__ V load_shared(const T* p) {
     typedef typename Word<sizeof(V)>::type W;
-    return bits_as<V>(*reinterpret_cast<const W*>(p));
+    const W word = *reinterpret_cast<const W*>(p);  // a copy: behind a reference its alignment is forgotten
+    return bits_as<V>(word);
 }
 template <typename V, typename T>
 __device__ __forceinline__ void store_shared(T* p, const V& value) {

@@ -16,41 +16,35 @@
 
 constexpr u32 STAGES = 4;
 
-// Asks for the tile of the right operand at a cursor.
 template <typename T, bool NN>
 __device__ __forceinline__ void copy_right(shared<bf16> to, const Part& part, u32 n0, u32 k) {
-    constexpr u32 CHUNKS = right_chunks<T, NN>(), PIECES = T::RIGHT / 8;
-#pragma unroll
-    for (u32 i = 0; i < PIECES; i += T::THREADS) {
-        const u32 piece = i + threadIdx.x, row = piece / CHUNKS, chunk = piece % CHUNKS;
-        if (PIECES % T::THREADS != 0 && piece >= PIECES) break;
-        const u32 y = (NN ? k : n0) + row, x = (NN ? n0 : k) + 8 * chunk;
-        const u32 rows = NN ? part.depth : part.columns, width = NN ? part.columns : part.depth;
-        cp_async<16>(to + swizzled<CHUNKS>(row, chunk), part.right + (u64(y) * width + x), y < rows && x < width);
-    }
+    constexpr u32 CHUNKS = right_chunks<T, NN>();
+    if constexpr (NN)
+        copy_tile<DEPTH, CHUNKS, T::THREADS>(to, part.right, k, n0, part.depth, part.columns, part.columns);
+    else
+        copy_tile<T::N, CHUNKS, T::THREADS>(to, part.right, n0, k, part.columns, part.depth, part.depth);
 }
 
 template <typename T, bool NN, bool SUM, typename Out>
 __device__ __forceinline__ void tiled(const Group& group) {
-    product<T, NN, SUM, Out>(group, [&](Accumulators<T>& acc, u32 first, u32 last, u32 m0, u32 n0) {
+    product<T, NN, SUM, Out, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
         const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
-        Cursor<SUM> next(first);
-        auto ask = [&](u32 stage) {
-            if (next.inside(group, last)) {
-                const Part& part = group.parts[next.part];
-                copy_left<T>(left + stage * T::LEFT, part, group.m, m0, next.k);
-                copy_right<T, NN>(right + stage * T::RIGHT, part, n0, next.k);
-                next.advance(group);
+        auto ask = [&](u32 tile) {
+            if (tile < tiles) {
+                const Position<SUM> at(group, first, tile);
+                const Part& part = group.parts[at.part];
+                const u32 stage = tile % STAGES;
+                copy_left<T>(left + stage * T::LEFT, part, group.m, m0, at.k);
+                copy_right<T, NN>(right + stage * T::RIGHT, part, n0, at.k);
             }
             cp_async_commit();
         };
 #pragma unroll
-        for (u32 stage = 0; stage + 1 < STAGES; stage++) ask(stage);
-        const u32 tiles = tiles_of(group, first, last);
+        for (u32 tile = 0; tile + 1 < STAGES; tile++) ask(tile);
         for (u32 tile = 0; tile < tiles; tile++) {
             cp_async_wait<STAGES - 2>();
             __syncthreads();
-            ask((tile + STAGES - 1) % STAGES);  // where the tile was that all have left behind
+            ask(tile + STAGES - 1);  // to where the tile was that all have left behind
             const u32 stage = tile % STAGES;
             multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + stage * T::RIGHT);
         }
@@ -74,11 +68,11 @@ __device__ __forceinline__ vec<bf16, 8> load_piece(global<const bf16> x, u32 row
 template <bool NN, bool SUM, typename Out>
 __device__ __forceinline__ void general(const Group& group) {
     typedef Medium T;
-    product<T, NN, SUM, Out>(group, [&](Accumulators<T>& acc, u32 first, u32 last, u32 m0, u32 n0) {
+    product<T, NN, SUM, Out, false>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
         constexpr u32 CHUNKS = right_chunks<T, NN>();
         const shared<bf16> left = static_shared<bf16, T::LEFT, 0>(), right = static_shared<bf16, T::RIGHT, 1>();
-        Cursor<SUM> at(first);
-        for (; at.inside(group, last); at.advance(group)) {
+        for (u32 tile = 0; tile < tiles; tile++) {
+            const Position<SUM> at(group, first, tile);
             const Part& part = group.parts[at.part];
             for (u32 piece = threadIdx.x; piece < T::LEFT / 8; piece += T::THREADS) {
                 const u32 row = piece / LEFT_CHUNKS, chunk = piece % LEFT_CHUNKS;

@@ -27,7 +27,11 @@ struct Part {
     global<bf16> out;          // [m, columns], rows out_stride apart; float for the kernels that say so
     u64 threshold;             // of dropout: p·2³², 0 when there is none
     u32 left_stride, depth, columns, rank;
-    u32 out_stride, block_shift, first_tile, module;
+    u32 out_stride, block_shift;
+    u32 first_tile;  // of columns, unless SUM; 2³² − 1 where there is no part
+    u32 first_step;  // tile of the sum, if SUM; likewise
+    u32 row_blocks;  // blocks of scales of a row of the weight
+    u32 module;
     float scale, keep;
 };
 
@@ -37,7 +41,10 @@ struct Group {
     Part parts[MOST_PARTS];
     global<const u32> offsets;  // of the sequences, for dropout
     global<const u64> keys;
-    u32 sequences, count, m, n_tiles;
+    u32 sequences, count, m;
+    u32 n_tiles;  // of columns, of all parts together
+    u32 steps;    // tiles of the sum, if SUM
+    u32 padding;
 };
 
 constexpr u32 DEPTH = 32;  // of a tile: two steps of mma
@@ -53,6 +60,7 @@ struct Tile {
     static constexpr u32 MI = WARP_M / 16, NI = WARP_N / 8;  // fragments of a warp
     static constexpr u32 LEFT = M * DEPTH, RIGHT = N * DEPTH;  // elements
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "fragments are loaded two at a time");
+    static_assert((NI & (NI - 1)) == 0 && NI <= 8, "multiply_tile flips bits below NI");
 };
 
 typedef Tile<128, 128, 2, 4> Large;
@@ -90,26 +98,28 @@ struct Place {
           lane(threadIdx.x % WARP) {}
 };
 
-// acc += left·right over one tile of DEPTH.
+// acc += left·right over one tile of DEPTH. The places of all fragments follow from that of the first: eight rows further the
+// rotation is the same, and the bits of a piece's number that differ are flipped through it.
 template <typename T, bool NN>
 __device__ __forceinline__ void multiply_tile(Accumulators<T>& acc, shared<bf16> left, shared<bf16> right) {
-    constexpr u32 RIGHT_CHUNKS = right_chunks<T, NN>();
+    constexpr u32 CHUNKS = right_chunks<T, NN>();
     const Place<T> at;
     const u32 lane = at.lane;
+    const u32 a0 = swizzled<LEFT_CHUNKS>(at.warp_m + lane % 16, lane / 16);
+    const u32 b0 = NN ? swizzled<CHUNKS>(lane % 16, at.warp_n / 8 + lane / 16)
+                      : swizzled<CHUNKS>(at.warp_n + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (u32 step = 0; step < STEPS; step++) {
         FragmentA a[T::MI];
 #pragma unroll
-        for (u32 i = 0; i < T::MI; i++)
-            ldmatrix<4>(a[i].a, left + swizzled<LEFT_CHUNKS>(at.warp_m + 16 * i + lane % 16, 2 * step + lane / 16));
+        for (u32 i = 0; i < T::MI; i++) ldmatrix<4>(a[i].a, left + (a0 ^ 16 * step) + i * 16 * DEPTH);
 #pragma unroll
         for (u32 j = 0; j < T::NI; j += 2) {
-            const u32 n = at.warp_n + 8 * j;
             u32 b[4];
             if constexpr (NN)
-                ldmatrix<4, true>(b, right + swizzled<RIGHT_CHUNKS>(16 * step + lane % 16, n / 8 + lane / 16));
+                ldmatrix<4, true>(b, right + (b0 ^ 8 * j) + step * 16 * T::N);
             else
-                ldmatrix<4>(b, right + swizzled<RIGHT_CHUNKS>(n + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+                ldmatrix<4>(b, right + (b0 ^ 16 * step) + j * 8 * DEPTH);
 #pragma unroll
             for (u32 i = 0; i < T::MI; i++) {
                 mma_m16n8k16(acc[i][j], a[i], FragmentB{{b[0], b[1]}});
@@ -183,13 +193,14 @@ __device__ __forceinline__ vec<u32, 4> words_of(u64 element, u32 module, u64 key
     return philox4x32(vec<u32, 4>{{u32(block), u32(block >> 32), module, 0}}, u32(key), u32(key >> 32));
 }
 
-// `column` is that of c[0] and c[2].
-__device__ __forceinline__ void drop(FragmentC& c, const Part& part, const Token (&token)[2], u32 column) {
+// Masks a fragment whose first element is (row, column). With QUADS, rows are a multiple of 4 long, and a block of Philox is
+// four neighbours of one; two lanes share it: one computes that of row g, the other that of row g + 8.
+template <bool QUADS>
+__device__ __forceinline__ void drop(FragmentC& c, const Group& group, const Part& part, const Token& mine, u32 row,
+                                     u32 column) {
     const bool odd = threadIdx.x % 2;
     u32 word[4];
-    if (part.columns % 4 == 0) {
-        // Two lanes share the four words of a row: one computes those of row g, the other those of row g + 8.
-        const Token mine = odd ? token[1] : token[0];
+    if constexpr (QUADS) {
         const vec<u32, 4> words = words_of(mine.first + (column & ~3u), part.module, mine.key);
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
@@ -200,8 +211,9 @@ __device__ __forceinline__ void drop(FragmentC& c, const Part& part, const Token
     } else {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            const u64 element = token[i / 2].first + column + i % 2;
-            const vec<u32, 4> words = words_of(element, part.module, token[i / 2].key);
+            const Token token = token_of(group, row + i / 2 * 8, part.columns);
+            const u64 element = token.first + column + i % 2;
+            const vec<u32, 4> words = words_of(element, part.module, token.key);
 #pragma unroll
             for (u32 j = 0; j < 4; j++)
                 if (element % 4 == j) word[i] = words[j];
@@ -212,22 +224,21 @@ __device__ __forceinline__ void drop(FragmentC& c, const Part& part, const Token
 }
 
 // acc += down·up of one part. With dropout the product goes through the mask first, in an accumulator of its own.
-template <typename T, bool NN>
+template <typename T, bool NN, bool QUADS>
 __device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& group, const Part& part, u32 m0, u32 n0) {
     const Place<T> at;
     if (NN && part.threshold != 0) {
 #pragma unroll
         for (u32 i = 0; i < T::MI; i++) {
-            const u32 row = m0 + at.warp_m + 16 * i;
-            const Token token[2] = {token_of(group, row + at.lane / 4, part.columns),
-                                    token_of(group, row + at.lane / 4 + 8, part.columns)};
+            const u32 row = m0 + at.warp_m + 16 * i, mine = row + at.lane / 4;
+            const Token token = token_of(group, at.lane % 2 ? mine + 8 : mine, part.columns);
 #pragma unroll
             for (u32 j = 0; j < T::NI; j++) {
                 const u32 column = n0 + at.warp_n + 8 * j;
                 FragmentC own = {};
                 for (u32 k = 0; k < part.rank; k += 16)
                     mma_m16n8k16(own, down_fragment(part, group.m, row, k), up_fragment<NN>(part, column, k));
-                drop(own, part, token, column + at.lane % 4 * 2);
+                drop<QUADS>(own, group, part, token, mine, column + at.lane % 4 * 2);
 #pragma unroll
                 for (u32 e = 0; e < 4; e++) acc[i][j].c[e] += own.c[e];
             }
@@ -309,57 +320,58 @@ __device__ __forceinline__ void store_tile(const Accumulators<T>& acc, const Par
 
 // ── A block ──
 
-// A tile of depth in the parts of a block, and the next one.
+// Where tile `tile` of a block's sum lies: in which part, and how deep in it.
 template <bool SUM>
-struct Cursor {
-    u32 part, k = 0;
-    __device__ __forceinline__ explicit Cursor(u32 first) : part(first) {}
-    // Whether there is a tile here.
-    __device__ __forceinline__ bool inside(const Group& group, u32 last) const {
-        return part < last && (SUM || k < group.parts[part].depth);
-    }
-    __device__ __forceinline__ void advance(const Group& group) {
-        k += DEPTH;
-        if (SUM && k >= group.parts[part].depth) part++, k = 0;
+struct Position {
+    u32 part, k;
+    __device__ __forceinline__ Position(const Group& group, u32 first, u32 tile) : part(first), k(tile * DEPTH) {
+        if constexpr (SUM) {
+#pragma unroll
+            for (u32 p = 1; p < MOST_PARTS; p++)
+                if (tile >= group.parts[p].first_step) part = p, k = (tile - group.parts[p].first_step) * DEPTH;
+        }
     }
 };
 
-__device__ __forceinline__ u32 tiles_of(const Group& group, u32 first, u32 last) {
-    u32 tiles = 0;
-    for (u32 p = first; p < last; p++) tiles += (group.parts[p].depth + DEPTH - 1) / DEPTH;
-    return tiles;
+// Asks for ROWS rows of CHUNKS pieces of a row-major matrix [rows, width], from (row, column) on.
+template <u32 ROWS, u32 CHUNKS, u32 THREADS>
+__device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> x, u32 row, u32 column, u32 rows, u32 width,
+                                          u32 stride) {
+    constexpr u32 APART = THREADS / CHUNKS;  // rows of one copy
+    static_assert(APART % 8 == 0, "a thread's rows are rotated alike");
+    const u32 first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    if (APART > ROWS && first >= ROWS) return;
+    row += first, column += 8 * chunk;
+    to += swizzled<CHUNKS>(first, chunk);
+    x += u64(row) * stride + column;
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i += APART)
+        cp_async<16>(to + i * CHUNKS * 8, x + u64(i) * stride, row + i < rows && column < width);
 }
 
-// Asks for the tile of the left operand at a cursor.
 template <typename T>
 __device__ __forceinline__ void copy_left(shared<bf16> to, const Part& part, u32 m, u32 m0, u32 k) {
-    constexpr u32 PIECES = T::M * LEFT_CHUNKS;
-#pragma unroll
-    for (u32 i = 0; i < PIECES; i += T::THREADS) {
-        const u32 piece = i + threadIdx.x, row = piece / LEFT_CHUNKS, chunk = piece % LEFT_CHUNKS;
-        if (PIECES % T::THREADS != 0 && piece >= PIECES) break;
-        const bool inside = m0 + row < m && k + 8 * chunk < part.depth;
-        cp_async<16>(to + swizzled<LEFT_CHUNKS>(row, chunk),
-                     part.left + (u64(m0 + row) * part.left_stride + k + 8 * chunk), inside);
-    }
+    copy_tile<T::M, LEFT_CHUNKS, T::THREADS>(to, part.left, m0, k, m, part.depth, part.left_stride);
 }
 
 constexpr u32 BAND = 8;  // tiles of rows that are worked on side by side, so that what they share stays in the second-level cache
 
-// MAIN(acc, group, first, last, m0, n0) sums the products of parts first .. last.
-template <typename T, bool NN, bool SUM, typename Out, typename Main>
+// main_loop(acc, first, tiles, m0, n0) sums `tiles` tiles of depth from part `first` on. QUADS: columns are a multiple of 4.
+template <typename T, bool NN, bool SUM, typename Out, bool QUADS, typename Main>
 __device__ __forceinline__ void product(const Group& group, Main main_loop) {
     const u32 m_tiles = (group.m + T::M - 1) / T::M, band = blockIdx.x / (BAND * group.n_tiles);
     const u32 in_band = blockIdx.x % (BAND * group.n_tiles), rows = min(BAND, m_tiles - band * BAND);
     const u32 m0 = (band * BAND + in_band % rows) * T::M, tile = in_band / rows;
     u32 first = 0, last = group.count;
     if constexpr (!SUM) {
-        while (first + 1 < group.count && tile >= group.parts[first + 1].first_tile) first++;
+#pragma unroll
+        for (u32 p = 1; p < MOST_PARTS; p++) first += tile >= group.parts[p].first_tile;
         last = first + 1;
     }
     const u32 n0 = (tile - group.parts[first].first_tile) * T::N;
     Accumulators<T> acc = {};
-    main_loop(acc, first, last, m0, n0);
-    for (u32 p = first; p < last; p++) add_tail<T, NN>(acc, group, group.parts[p], m0, n0);
+    const u32 tiles = SUM ? group.steps : (group.parts[first].depth + DEPTH - 1) / DEPTH;
+    main_loop(acc, first, tiles, m0, n0);
+    for (u32 p = first; p < last; p++) add_tail<T, NN, QUADS>(acc, group, group.parts[p], m0, n0);
     store_tile<T, Out>(acc, group.parts[first], group.m, m0, n0);
 }

@@ -5,8 +5,7 @@
 // As gemm.cu, but the right operand's tiles travel as codes, in the ring of the left's; a warp then dequantises a unit a tile
 // (a lane a row of 16 codes, which it copied itself, with one scale) into one of two tiles of bf16:
 //
-//     wait for tile k (left) and k + 1 (codes) ─► barrier ─► ask for tile k + 3 and k + 4 ─► ask for the scales of k + 2
-//                                                         ─► dequantise k + 1 ─► 2 steps of mma on tile k
+//     wait for tile k + 1 ─► barrier ─► ask for tile k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on tile k
 //
 // Dequantising and multiplying do not wait for each other. inputs is a multiple of 32 and of the block of scales.
 //
@@ -26,9 +25,9 @@ struct Scale {
 };
 constexpr u32 PLAIN = 256;
 
-__device__ __forceinline__ Scale ask_scale(const Part& part, u32 row, u32 i, u32 outputs, u32 inputs) {
-    if (row >= outputs || i >= inputs) return {0, PLAIN};
-    const u64 block = (u64(row) * inputs + i) >> part.block_shift;
+// Of the block that begins at input i of a row, or the last one before.
+__device__ __forceinline__ Scale ask_scale(const Part& part, u32 row, u32 i) {
+    const u32 block = row * part.row_blocks + (i >> part.block_shift);
     if (part.absmax.plain != nullptr) return {load_global<float>(part.absmax.plain + block), PLAIN};
     return {load_global<float>(part.absmax.nested + (block >> part.absmax.nested_shift)),
             load_global<u8>(part.absmax.codes + block)};
@@ -57,71 +56,66 @@ __device__ __forceinline__ void fused(const Group& group) {
     const shared<float> table = static_shared<float, 16>();
     if (threadIdx.x < 16) store_shared(table + threadIdx.x, NF4_CODES[threadIdx.x]);
     __syncthreads();
-    product<T, NN, SUM, bf16>(group, [&](Accumulators<T>& acc, u32 first, u32 last, u32 m0, u32 n0) {
+    product<T, NN, SUM, bf16, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
         constexpr u32 CODES = T::THREADS * UNIT / 2;  // bytes of a tile: 8 a thread
         const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
         const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);
         const Unit<NN> unit;
         const u32 lane = threadIdx.x % WARP;
-        // Row (output) and first input of this lane's row of the unit of a tile.
-        auto row_at = [&](u32 k) { return (NN ? k : n0 + PANEL * unit.down) + lane; };
-        auto input_at = [&](u32 k) { return (NN ? n0 : k) + UNIT * unit.across; };
+        // Of this lane's row in a tile of bf16; its second half is the piece beside it.
+        const u32 place = swizzled<right_chunks<T, NN>()>(PANEL * unit.down + lane, 2 * unit.across);
+        // First output and first input of this warp's unit of a tile.
+        auto output_of = [&](u32 k) { return NN ? k : n0 + PANEL * unit.down; };
+        auto input_of = [&](u32 k) { return (NN ? n0 : k) + UNIT * unit.across; };
 
-        Cursor<SUM> next_left(first), next_codes(first), next_scale(first), next_tile(first);
-        auto ask_codes = [&](u32 stage) {
-            if (!next_codes.inside(group, last)) return;
-            const Part& part = group.parts[next_codes.part];
-            const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
-            const u32 row = row_at(next_codes.k), i = input_at(next_codes.k);
-            const bool inside = row - lane < outputs && i < inputs;
-            cp_async<8>(codes + stage * CODES, part.packed + row_of_unit(row, i / UNIT, inputs), inside);
-            next_codes.advance(group);
+        auto ask = [&](u32 tile) {
+            if (tile < tiles) {
+                const Position<SUM> at(group, first, tile);
+                const Part& part = group.parts[at.part];
+                const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
+                const u32 o = output_of(at.k), i = input_of(at.k), stage = tile % STAGES;
+                copy_left<T>(left + stage * T::LEFT, part, group.m, m0, at.k);
+                cp_async<8>(codes + stage * CODES,
+                            part.packed + (unit_at(o / PANEL, i / UNIT, inputs) + lane * (UNIT / 2)),
+                            o < outputs && i < inputs);
+            }
+            cp_async_commit();
         };
-        auto ask_left = [&](u32 stage) {
-            if (!next_left.inside(group, last)) return;
-            copy_left<T>(left + stage * T::LEFT, group.parts[next_left.part], group.m, m0, next_left.k);
-            next_left.advance(group);
-        };
+        // 0 for rows outside: their codes may be anything.
         Scale scale = {0, PLAIN};
-        auto next_scales = [&] {
-            if (!next_scale.inside(group, last)) return;
-            const Part& part = group.parts[next_scale.part];
+        auto ask_scale_of = [&](u32 tile) {
+            if (tile >= tiles) return;
+            const Position<SUM> at(group, first, tile);
+            const Part& part = group.parts[at.part];
             const u32 outputs = NN ? part.depth : part.columns, inputs = NN ? part.columns : part.depth;
-            scale = ask_scale(part, row_at(next_scale.k), input_at(next_scale.k), outputs, inputs);
-            next_scale.advance(group);
+            if (!NN && at.k % (1u << part.block_shift) != 0) return;  // the same block still: they are 32 inputs at least
+            const u32 o = output_of(at.k) + lane, i = input_of(at.k);
+            scale = {0, PLAIN};
+            if (o < outputs && i < inputs) scale = ask_scale(part, o, i);
         };
-        // Dequantises the next tile, whose codes this thread has waited for, and asks for the scale of the one behind it.
+        // Dequantises a tile, whose codes this thread has waited for, and asks for the scale of the one behind it.
         auto dequantize = [&](u32 tile) {
-            if (!next_tile.inside(group, last)) return;
-            const float by = scale_of(group.parts[next_tile.part], scale);
-            next_tile.advance(group);
-            next_scales();
+            if (tile >= tiles) return;
+            const float by = scale_of(group.parts[Position<SUM>(group, first, tile).part], scale);
+            ask_scale_of(tile + 1);
             const vec<u32, 2> pair = load_shared<vec<u32, 2>>(codes + tile % STAGES * CODES);
 #pragma unroll
             for (u32 h = 0; h < 2; h++) {
                 float x[8];
                 dequantize_8(x, pair[h], table, by);
-                constexpr u32 CHUNKS = right_chunks<T, NN>();
-                const u32 row = PANEL * unit.down + lane, chunk = 2 * unit.across + h;
-                store_shared(right + tile % 2 * T::RIGHT + swizzled<CHUNKS>(row, chunk), narrow(x));
+                store_shared(right + tile % 2 * T::RIGHT + (place ^ 8 * h), narrow(x));
             }
         };
 
-        next_scales();
-        ask_codes(0);
+        ask_scale_of(0);
 #pragma unroll
-        for (u32 stage = 0; stage + 1 < STAGES; stage++) {
-            ask_left(stage), ask_codes(stage + 1);
-            cp_async_commit();
-        }
+        for (u32 tile = 0; tile + 1 < STAGES; tile++) ask(tile);
         cp_async_wait<STAGES - 2>();
         dequantize(0);
-        const u32 tiles = tiles_of(group, first, last);
         for (u32 tile = 0; tile < tiles; tile++) {
-            cp_async_wait<STAGES - 2>();
+            cp_async_wait<STAGES - 3>();
             __syncthreads();
-            ask_left((tile + STAGES - 1) % STAGES), ask_codes(tile % STAGES);
-            cp_async_commit();
+            ask(tile + STAGES - 1);
             dequantize(tile + 1);
             multiply_tile<T, NN>(acc, left + tile % STAGES * T::LEFT, right + tile % 2 * T::RIGHT);
         }

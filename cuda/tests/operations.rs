@@ -29,6 +29,8 @@ mod dropout;
 mod elementwise;
 #[path = "operations/harness.rs"]
 mod harness;
+#[path = "operations/linear.rs"]
+mod linear;
 #[path = "operations/nf4.rs"]
 mod nf4;
 #[path = "operations/rms_norm.rs"]

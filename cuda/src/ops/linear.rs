@@ -24,6 +24,8 @@ pub const MOST_PARTS: usize = 3;
 const PANEL: usize = 32;
 /// Inputs of a unit (`UNIT` in `gemm_units.cuh`).
 const UNIT: usize = 16;
+/// Depth of a tile (`DEPTH` in `gemm.cuh`).
+const DEPTH: u32 = 32;
 /// Codes that a block of `gemm_pack` moves: 8 warps, 8 rows × 4 units each.
 const PACKED_WARPS: usize = 8;
 /// Copies in [`Scratch`] begin at multiples of so many elements, 256 bytes.
@@ -94,6 +96,7 @@ impl Matrix {
         operation.has("codes", codes, len.div_ceil(2))?;
         operation.has("packed", &packed, Self::packed_bytes(outputs, inputs, block))?;
         absmax.raw(operation, len.div_ceil(block))?;
+        operation.u32("blocks of scales", len.div_ceil(block))?;
         if len > 0 && in_units(inputs, block) {
             let groups =
                 operation.product(&[outputs.next_multiple_of(PANEL) / 8, (inputs / UNIT).div_ceil(4)])?;
@@ -462,6 +465,8 @@ struct RawPart {
     out_stride: u32,
     block_shift: u32,
     first_tile: u32,
+    first_step: u32,
+    row_blocks: u32,
     module: u32,
     scale: f32,
     keep: f32,
@@ -478,6 +483,8 @@ struct RawGroup {
     count: u32,
     m: u32,
     n_tiles: u32,
+    steps: u32,
+    padding: u32,
 }
 
 /// A launch that is being put together.
@@ -517,12 +524,17 @@ impl Product {
     /// Launches what was put together, if it is anything. `sum`: the parts are summed, and the columns are those of one.
     fn launch(mut self, device: &Device, row: &Row, sum: bool) -> Result<(), Error> {
         let tiles = |part: &RawPart| part.columns.div_ceil(row.tile_n as u32);
-        let count = self.group.count as usize;
-        let mut n_tiles = 0u32;
-        for part in &mut self.group.parts[..count] {
-            part.first_tile = if sum { 0 } else { n_tiles };
+        let (count, mut n_tiles, mut steps) = (self.group.count as usize, 0u32, 0u32);
+        for (i, part) in self.group.parts.iter_mut().enumerate() {
+            (part.first_tile, part.first_step) = if sum { (0, steps) } else { (n_tiles, 0) };
+            if i >= count {
+                (part.first_tile, part.first_step) = (u32::MAX, u32::MAX);
+                continue;
+            }
+            steps += part.depth.div_ceil(DEPTH);
             n_tiles = if sum { tiles(part) } else { n_tiles + tiles(part) };
         }
+        self.group.steps = steps;
         let m_tiles = (self.group.m as usize).div_ceil(row.tile_m);
         if n_tiles == 0 || m_tiles == 0 {
             return Ok(());
@@ -577,8 +589,10 @@ impl Product {
                 let (raw, within) = absmax.raw(self.operation, matrix.len() / block)?;
                 self.within.extend(within);
                 let packed = self.pass(packed.input());
+                let row_blocks = self.operation.u32("blocks of a row", matrix.inputs / block)?;
                 let part = &mut self.group.parts[at];
-                (part.absmax, part.packed, part.block_shift) = (raw, packed, block.trailing_zeros());
+                (part.absmax, part.packed) = (raw, packed);
+                (part.block_shift, part.row_blocks) = (block.trailing_zeros(), row_blocks);
             }
         }
         Ok(())

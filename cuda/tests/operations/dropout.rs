@@ -8,7 +8,7 @@ const SHAPES: [(&[usize], usize); 5] =
     [(&[], 8), (&[1], 1), (&[3, 5], 7), (&[17, 1, 4], 12), (&[9, 20], 576)];
 
 /// Random123's reference for one block.
-fn philox(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
+pub fn philox(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let (a, b) = (0xd251_1f53_u64 * u64::from(c[0]), 0xcd9e_8d57_u64 * u64::from(c[2]));
         c = [(b >> 32) as u32 ^ c[1] ^ k[0], b as u32, (a >> 32) as u32 ^ c[3] ^ k[1], a as u32];
@@ -23,7 +23,7 @@ fn the_reference_gives_the_known_answers() {
     assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
 }
 
-fn key_of(sequence: usize) -> u64 {
+pub fn key_of(sequence: usize) -> u64 {
     0x0123_4567_89ab_cdef_u64.wrapping_mul(sequence as u64 + 1)
 }
 
@@ -43,7 +43,7 @@ fn expected(lengths: &[usize], inputs: usize, probability: f64, x: &[f64]) -> Ve
     out
 }
 
-fn sequences(device: &Device, lengths: &[usize], from: usize) -> Sequences {
+pub fn sequences(device: &Device, lengths: &[usize], from: usize) -> Sequences {
     let mut offsets = vec![0u32];
     for length in lengths {
         offsets.push(offsets[offsets.len() - 1] + *length as u32);
