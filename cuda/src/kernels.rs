@@ -96,8 +96,8 @@ kernels! {
         attention_dq_128 128 threads, 65536 shared, 240 registers, 2 blocks;
     }
     "cached_attention.cu" {
-        cached_attention_8 128 threads, 0 shared, 128 registers, 4 blocks;
-        cached_attention_1 128 threads, 0 shared, 128 registers, 4 blocks;
+        cached_attention_8 128 threads, 0 shared, 96 registers, 5 blocks;
+        cached_attention_1 128 threads, 0 shared, 64 registers, 8 blocks;
         cached_attention_combine 128 threads, 0 shared, 40 registers, 12 blocks;
     }
     "cross_entropy.cu" {
@@ -171,9 +171,9 @@ kernels! {
     }
     "small.cu" {
         small_nf4 128 threads, 0 shared, 128 registers, 4 blocks;
-        small_dense 128 threads, 0 shared, 128 registers, 4 blocks;
-        small_elements_nf4 128 threads, 0 shared, 64 registers, 8 blocks;
-        small_elements_dense 128 threads, 0 shared, 64 registers, 8 blocks;
+        small_dense 128 threads, 0 shared, 80 registers, 6 blocks;
+        small_elements_nf4 128 threads, 0 shared, 48 registers, 10 blocks;
+        small_elements_dense 128 threads, 0 shared, 40 registers, 12 blocks;
     }
     "swiglu.cu" {
         swiglu 256 threads, 0 shared, 40 registers, 6 blocks;
