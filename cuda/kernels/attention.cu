@@ -64,7 +64,7 @@ __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum,
         if (key + ROWS < end) copy_keys(stage ^ 1, key + ROWS);
         shared<bf16> keys = stages + stage * 2 * TILE;
         FragmentC s[ROWS / 8] = {};
-        multiply_by_rows<D, ROWS>(s, [&](u32 i) { return queries[i]; }, keys, 0);
+        multiply_by_rows<D, ROWS>(s, [&](u32 i) { return queries[i]; }, keys);
         if (key + ROWS - 1 > query || query + PART - 1 - key >= a.window) {
 #pragma unroll
             for (u32 i = 0; i < ROWS / 2; i++)
@@ -94,7 +94,7 @@ __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum,
 #pragma unroll
             for (u32 n = 0; n < D / 8; n++) sums[n].c[2 * r] *= factor, sums[n].c[2 * r + 1] *= factor;
         }
-        multiply_by_columns<D, ROWS>(sums, s, keys + TILE, 0);
+        multiply_by_columns<D, ROWS>(sums, s, keys + TILE);
     }
     __syncthreads();
 

@@ -78,7 +78,10 @@ impl Shape {
         if window == Some(0) {
             return Err(operation.error("a window of 0, in which a query does not see its own key"));
         }
-        operation.u32("the number of tokens", self.tokens)?;
+        // Differences of positions wrap around beyond all of them.
+        if self.tokens > i32::MAX as usize {
+            return Err(operation.error(format!("{} tokens, more than 2^31 - 1", self.tokens)));
+        }
         Ok(Raw {
             sequences: operation.u32("sequences", self.sequences)?,
             heads: operation.u32("heads", heads)?,
