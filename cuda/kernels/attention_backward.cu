@@ -6,19 +6,22 @@
 //   dq[i] = Σ_j bf16(ds[i, j]) · k[j]
 //
 // q, dout, dq: bf16 [tokens, heads, d]; k, v, dk, dv: bf16 [tokens, kv_heads, d]; log_sum, delta: fp32 [tokens, heads],
-// delta[i] = out[i]·dout[i] of attention_any.cu. p and ds are rounded where the CPU backend rounds them. The heads of a
-// group are added in one accumulator, where the CPU backend sums each head first.
+// delta[i] = out[i]·dout[i] of attention_any.cu. Accumulators are fp32.
 //
 // dkv: a block takes 64 keys of one kv head and walks the group's heads in order, and in each the tiles of queries that see
-// some of the keys, ascending; the next tile is copied while one is computed. Eight warps, two for each 16 keys: the first
-// computes kᵀ-major scores, p and dv, the second dout·v, ds and dk, so both have one accumulator, two products of the same
-// size and the same code. p goes from the first to the second through shared memory, in fp32, as the accumulator lies. Two
-// barriers a tile.
+// some of the keys, ascending, from the block's first key on; the next tile is copied while one is computed. Products lie
+// transposed, keys are their rows: so p and ds are left factors as they come out. Eight warps, two for each 16 keys: the
+// first has the scores, p and dv, the second dout·v, ds and dk, each two products of one size and one accumulator. p goes
+// from the first to the second through shared memory, in fp32, as it lies. Two barriers a tile.
 // dq: a block takes 64 queries of one head, four warps 16 each, and walks the tiles of keys as the forward pass does.
 //
-// Bytes: dkv 8·d a key and kv head, and 4·d + 8 for each query and head of each tile; dq 6·d a query and head, and 4·d for
-// each key of each tile; what is read for tiles comes from the second-level cache as far as it holds a head's rows.
-// Bound: shared memory, as in the forward pass: 7 products where one pass with atomics would make 5.
+// The heads of a group are added in one accumulator, where the CPU backend sums each head by itself first; otherwise what
+// is rounded, and where, is the same.
+//
+// Bytes: dkv 8·d a key and kv head, and 4·d + 8 for each query and head of each tile; dq 6·d + 8 a query and head, and 4·d
+// for each key of each tile; what tiles read comes from the second-level cache as far as it holds a head's rows.
+// Bound: shared memory, as in the forward pass; 7 products where one pass with atomics would make 5. With few kv heads and
+// a short example dkv has fewer blocks than fill a GPU, the price of its order.
 #include <attention_tiles.cuh>
 
 template <u32 D, u32 QUERIES>

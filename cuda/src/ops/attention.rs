@@ -82,6 +82,11 @@ impl Shape {
         if self.tokens > i32::MAX as usize {
             return Err(operation.error(format!("{} tokens, more than 2^31 - 1", self.tokens)));
         }
+        if self.sequences.saturating_mul(self.longest) < self.tokens {
+            let Shape { tokens, sequences, longest, .. } = *self;
+            let what = format!("{sequences} examples of at most {longest} tokens are not {tokens} tokens");
+            return Err(operation.error(what));
+        }
         Ok(Raw {
             sequences: operation.u32("sequences", self.sequences)?,
             heads: operation.u32("heads", heads)?,
@@ -102,7 +107,7 @@ impl Shape {
     }
 
     fn is_empty(&self) -> bool {
-        self.tokens == 0 || self.sequences == 0 || self.heads == 0
+        self.tokens == 0 || self.heads == 0
     }
 
     /// The kernels for heads of this width.

@@ -411,6 +411,8 @@ fn what_does_not_fit_is_refused_by_name() {
         (Shape { scale: f32::NAN, ..good }, 640, 2, "a scale of NaN"),
         (Shape { window: Some(0), ..good }, 640, 2, "a window of 0"),
         (Shape { tokens: usize::MAX, ..good }, 640, 2, "tokens, more than 2^31 - 1"),
+        (Shape { longest: 4, ..good }, 640, 2, "1 examples of at most 4 tokens are not 5"),
+        (Shape { sequences: 0, ..good }, 640, 2, "0 examples of at most 5"),
         (good, 639, 2, "q has 639 elements, 640 are needed"),
         (good, 640, 1, "cu_seqlens has 1 elements, 2 are needed"),
     ] {
