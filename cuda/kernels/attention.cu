@@ -13,10 +13,11 @@
 // memory; one barrier a tile. Order of a sum: tiles ascending, inside a tile that of mma; for the sum of p a lane's own
 // columns ascending, the four lanes at the end.
 //
-// Bytes: 4·d a query and head, and 4·d for each key of each tile, which the second-level cache gives as far as it holds
-// the keys of a head (T·4·d: 1 MiB at T = 2048, d = 128). Bound: shared memory. A 16-row warp uses a fragment of k or v
-// once: 512 bytes for two mma, 4 cycles of the banks for 4 of the tensor cores, so both at best run at their peak side by
-// side, and the exponentials come on top. 32 rows a warp would halve that and need more than 168 registers.
+// Bytes: 4·d + 4 a query and head, and 4·d for each key of each tile, which the second-level cache gives as far as it holds
+// the keys of a head (4·d·T: 1 MiB at T = 2048, d = 128). Bound: shared memory. A warp of 16 rows uses a fragment of k or v
+// once: 512 bytes for two mma, so 4 cycles of the banks (128 bytes a cycle) for 4 of the tensor cores (1024 products a
+// cycle of an SM of sm_87), which can at best run side by side; the exponentials come on top. 32 rows a warp would halve
+// that and need twice the accumulators: more registers than there are beside the queries.
 #include <attention_tiles.cuh>
 
 constexpr u32 THREADS = ROWS / PART * WARP;
@@ -64,7 +65,7 @@ __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum,
         if (key + ROWS < end) copy_keys(stage ^ 1, key + ROWS);
         shared<bf16> keys = stages + stage * 2 * TILE;
         FragmentC s[ROWS / 8] = {};
-        multiply_by_rows<D, ROWS>(s, [&](u32 i) { return queries[i]; }, keys, 0);
+        multiply_by_rows<D, ROWS>(s, [&](u32 i) { return queries[i]; }, keys);
         if (key + ROWS - 1 > query || query + PART - 1 - key >= a.window) {
 #pragma unroll
             for (u32 i = 0; i < ROWS / 2; i++)
@@ -94,7 +95,7 @@ __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum,
 #pragma unroll
             for (u32 n = 0; n < D / 8; n++) sums[n].c[2 * r] *= factor, sums[n].c[2 * r + 1] *= factor;
         }
-        multiply_by_columns<D, ROWS>(sums, s, keys + TILE, 0);
+        multiply_by_columns<D, ROWS>(sums, s, keys + TILE);
     }
     __syncthreads();
 

@@ -6,8 +6,9 @@ constexpr float LOG2_E = 1.44269504088896340736f;
 
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 
-// Positions are counted from the start of the example. A window of 2³² − 1 is none.
-__device__ __forceinline__ bool sees(u32 query, u32 key, u32 window) { return key <= query && query - key < window; }
+// Positions are counted from the start of the example. A window of 2³² − 1 is none. A key behind the query gives a
+// difference that wraps around to more than any position, so one comparison is enough.
+__device__ __forceinline__ bool sees(u32 query, u32 key, u32 window) { return query - key < min(window, query + 1); }
 
 // First key that a query sees; the last is its own.
 __device__ __forceinline__ u32 first_key_of(u32 query, u32 window) {

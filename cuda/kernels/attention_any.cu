@@ -15,7 +15,7 @@
 // the order of the rows.
 //
 // Bytes: a row of k and of v for each query and key (dq: twice k; dkv: twice q and dout), from the caches where they hold
-// them. Bound: the caches; no tensor cores. A thing to measure before a model with such heads is trained in earnest.
+// them. Bound: the caches, and the instructions around a product without tensor cores. Nobody has measured it.
 #include <attention.cuh>
 #include <reduce.cuh>
 #include <vector.cuh>

@@ -6,19 +6,22 @@
 //   dq[i] = Σ_j bf16(ds[i, j]) · k[j]
 //
 // q, dout, dq: bf16 [tokens, heads, d]; k, v, dk, dv: bf16 [tokens, kv_heads, d]; log_sum, delta: fp32 [tokens, heads],
-// delta[i] = out[i]·dout[i] of attention_any.cu. p and ds are rounded where the CPU backend rounds them. The heads of a
-// group are added in one accumulator, where the CPU backend sums each head first.
+// delta[i] = out[i]·dout[i] of attention_any.cu. Accumulators are fp32.
 //
 // dkv: a block takes 64 keys of one kv head and walks the group's heads in order, and in each the tiles of queries that see
-// some of the keys, ascending; the next tile is copied while one is computed. Eight warps, two for each 16 keys: the first
-// computes kᵀ-major scores, p and dv, the second dout·v, ds and dk, so both have one accumulator, two products of the same
-// size and the same code. p goes from the first to the second through shared memory, in fp32, as the accumulator lies. Two
-// barriers a tile.
+// some of the keys, ascending, from the block's first key on; the next tile is copied while one is computed. Products lie
+// transposed, keys are their rows: so p and ds are left factors as they come out. Eight warps, two for each 16 keys: the
+// first has the scores, p and dv, the second dout·v, ds and dk, each two products of one size and one accumulator. p goes
+// from the first to the second through shared memory, in fp32, as it lies. Two barriers a tile.
 // dq: a block takes 64 queries of one head, four warps 16 each, and walks the tiles of keys as the forward pass does.
 //
-// Bytes: dkv 8·d a key and kv head, and 4·d + 8 for each query and head of each tile; dq 6·d a query and head, and 4·d for
-// each key of each tile; what is read for tiles comes from the second-level cache as far as it holds a head's rows.
-// Bound: shared memory, as in the forward pass: 7 products where one pass with atomics would make 5.
+// The heads of a group are added in one accumulator, where the CPU backend sums each head by itself first; otherwise what
+// is rounded, and where, is the same.
+//
+// Bytes: dkv 8·d a key and kv head, and 4·d + 8 for each query and head of each tile; dq 6·d + 8 a query and head, and 4·d
+// for each key of each tile; what tiles read comes from the second-level cache as far as it holds a head's rows.
+// Bound: shared memory, as in the forward pass; 7 products where one pass with atomics would make 5. With few kv heads and
+// a short example dkv has fewer blocks than fill a GPU, the price of its order.
 #include <attention_tiles.cuh>
 
 template <u32 D, u32 QUERIES>
@@ -36,16 +39,14 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
     const bool second = threadIdx.x / WARP >= 4;
     const u64 q_stride = u64(a.heads) * D, stride = u64(a.kv_heads) * D;
     const u64 kv_first = (tile.start + tile.first) * stride + kv_head * D;
-    const u32 last_key = min(tile.first + ROWS, tile.len) - 1;
-    const u32 tiles = (end_of_queries_of(last_key, tile.len, a.window) - tile.first + QUERIES - 1) / QUERIES;
+    const u32 end = end_of_queries_of(min(tile.first + ROWS, tile.len) - 1, tile.len, a.window);
 
     // Keys, values; two stages of queries and gradients; two stages of log_sum and delta; p of every pair.
     shared<bf16> rows = shared_cast<bf16>(dynamic_shared()), stages = rows + 2 * TILE;
     shared<float> numbers = shared_cast<float>(stages + 4 * STEP);
     shared<float> exchange = numbers + 4 * QUERIES + pair * QUERIES * PART + lane * 4;
-    auto copy_queries = [&](u32 step) {
-        const u32 stage = step % 2, head = kv_head * group + step / tiles;
-        const u32 query = tile.first + step % tiles * QUERIES, there = tile.len - query;
+    auto copy_queries = [&](u32 stage, u32 head, u32 query) {
+        const u32 there = tile.len - query;
         const u64 first = u64(tile.start + query) * a.heads + head;
         copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP, q + first * D, q_stride, there);
         copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP + STEP, dout + first * D, q_stride, there);
@@ -58,37 +59,43 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
     };
     copy_tile<D, ROWS, THREADS>(rows, k + kv_first, stride, tile.len - tile.first);
     copy_tile<D, ROWS, THREADS>(rows + TILE, v + kv_first, stride, tile.len - tile.first);
-    copy_queries(0);
+    copy_queries(0, kv_head * group, tile.first);
 
+    // This lane's keys, and by how many queries, from the key's own on, each is seen.
+    const u32 its_key[2] = {key + lane / 4, key + lane / 4 + 8};
+    u32 seen_by[2];
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) seen_by[r] = min(rows_from(its_key[r], tile.len), a.window);
     // This warp's: k, then v. Its 16 rows are read by no other warp, and take its result at the end.
     shared<bf16> own = rows + (second ? TILE : 0);
+    const float c = a.scale * LOG2_E;
     FragmentC sums[D / 8] = {};
+    u32 stage = 0, head = kv_head * group, query = tile.first;
 #pragma unroll 1
-    for (u32 step = 0; step < group * tiles; step++) {
+    while (head < (kv_head + 1) * group) {
         cp_async_wait<0>();
         __syncthreads();
-        if (step + 1 < group * tiles) copy_queries(step + 1);
-        const u32 query = tile.first + step % tiles * QUERIES;
-        shared<bf16> stage = stages + step % 2 * 2 * STEP;
+        const bool more = query + QUERIES < end;
+        const u32 next_head = more ? head : head + 1, next_query = more ? query + QUERIES : tile.first;
+        if (next_head < (kv_head + 1) * group) copy_queries(stage ^ 1, next_head, next_query);
+        shared<bf16> queries = stages + stage * 2 * STEP;
         // The number of a query: log_sum in the first warp, delta in the second.
-        shared<float> number = numbers + step % 2 * 2 * QUERIES + (second ? QUERIES : 0) + 2 * t;
+        shared<float> number = numbers + stage * 2 * QUERIES + (second ? QUERIES : 0) + 2 * t;
         FragmentC s[QUERIES / 8] = {};
         multiply_by_rows<D, QUERIES>(
-            s, [&](u32 i) { return left_factor<D>(own, part, i); }, stage + (second ? STEP : 0), 0);
+            s, [&](u32 i) { return left_factor<D>(own, part, i); }, queries + (second ? STEP : 0));
         if (!second) {
-            const float c = a.scale * LOG2_E;
-            const bool in_part = key + PART - 1 > query || query + QUERIES - 1 - key >= a.window ||
-                                 query + QUERIES > tile.len;
+            if (key + PART - 1 > query || query + QUERIES - 1 - key >= a.window || query + QUERIES > tile.len) {
+#pragma unroll
+                for (u32 i = 0; i < QUERIES / 2; i++)
+                    if (query + i / 4 * 8 + 2 * t + i % 2 - its_key[i % 4 / 2] >= seen_by[i % 4 / 2])
+                        s[i / 4].c[i % 4] = minus_infinity();
+            }
 #pragma unroll
             for (u32 n = 0; n < QUERIES / 8; n++) {
                 const vec<float, 2> log = load_shared<vec<float, 2>>(number + n * 8);
 #pragma unroll
-                for (u32 e = 0; e < 4; e++) {
-                    const u32 i = query + n * 8 + 2 * t + e % 2;
-                    if (in_part && !(i < tile.len && sees(i, key + lane / 4 + e / 2 * 8, a.window)))
-                        s[n].c[e] = minus_infinity();
-                    s[n].c[e] = exp2_approx(fmaf(s[n].c[e], c, -(log[e % 2] * LOG2_E)));
-                }
+                for (u32 e = 0; e < 4; e++) s[n].c[e] = exp2_approx(fmaf(s[n].c[e], c, -(log[e % 2] * LOG2_E)));
                 store_shared(exchange + n * 4 * WARP, bits_as<vec<float, 4>>(s[n]));
             }
         }
@@ -102,7 +109,8 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
                 for (u32 e = 0; e < 4; e++) s[n].c[e] = p[e] * (s[n].c[e] - its_delta[e % 2]) * a.scale;
             }
         }
-        multiply_by_columns<D, QUERIES>(sums, s, stage + (second ? 0 : STEP), 0);
+        multiply_by_columns<D, QUERIES>(sums, s, queries + (second ? 0 : STEP));
+        stage ^= 1, head = next_head, query = next_query;
     }
     store_part<D>((second ? dk : dv) + kv_first + part * stride, stride, rows_from(key, tile.len), sums, own + part * D);
 }
@@ -161,24 +169,26 @@ __device__ __forceinline__ void gradient_of_queries(global<bf16> dq, global<cons
         cp_async_wait<0>();
         __syncthreads();
         if (tile_key + ROWS < end) copy_keys(stage ^ 1, tile_key + ROWS);
-        shared<bf16> keys = stages + stage * 2 * TILE;
 #pragma unroll 1
         for (u32 row = 0; row < ROWS; row += KEYS) {
             const u32 key = tile_key + row;
+            shared<bf16> keys = stages + stage * 2 * TILE + row * D;
             FragmentC s[KEYS / 8] = {}, ds[KEYS / 8] = {};
-            multiply_by_rows<D, KEYS>(s, [&](u32 i) { return queries[i]; }, keys, row);
-            multiply_by_rows<D, KEYS>(ds, [&](u32 i) { return gradients[i]; }, keys + TILE, row);
-            const bool in_part = key + KEYS - 1 > query || query + PART - 1 - key >= a.window;
+            multiply_by_rows<D, KEYS>(s, [&](u32 i) { return queries[i]; }, keys);
+            multiply_by_rows<D, KEYS>(ds, [&](u32 i) { return gradients[i]; }, keys + TILE);
+            if (key + KEYS - 1 > query || query + PART - 1 - key >= a.window) {
+#pragma unroll
+                for (u32 i = 0; i < KEYS / 2; i++)
+                    if (!sees(query + lane / 4 + i % 4 / 2 * 8, key + i / 4 * 8 + 2 * t + i % 2, a.window))
+                        s[i / 4].c[i % 4] = minus_infinity();
+            }
 #pragma unroll
             for (u32 i = 0; i < KEYS / 2; i++) {
                 const u32 r = i % 4 / 2;
-                float& x = s[i / 4].c[i % 4];
-                if (in_part && !sees(query + lane / 4 + r * 8, key + i / 4 * 8 + 2 * t + i % 2, a.window))
-                    x = minus_infinity();
-                float& d = ds[i / 4].c[i % 4];
-                d = exp2_approx(fmaf(x, c, -log[r])) * (d - its_delta[r]) * a.scale;
+                float& x = ds[i / 4].c[i % 4];
+                x = exp2_approx(fmaf(s[i / 4].c[i % 4], c, -log[r])) * (x - its_delta[r]) * a.scale;
             }
-            multiply_by_columns<D, KEYS>(sums, ds, keys, row);
+            multiply_by_columns<D, KEYS>(sums, ds, keys);
         }
     }
     __syncthreads();

@@ -15,6 +15,9 @@ constexpr u32 ROWS = 64;
 // Rows of a warp.
 constexpr u32 PART = 16;
 
+//
+// place(row, 2·i + c) is place(row, c) ^ 16·i for c < 2, and eight rows further on is 8·D further on: a lane works out one
+// place, and the addresses of a loop are constants beside it.
 template <u32 D>
 __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
     return row * D + (chunk ^ (row % 8)) * 8;
@@ -37,35 +40,36 @@ __device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> fr
 // warp: rows `row` to `row` + 15, columns 16·i to 16·i + 15 as the left factor.
 template <u32 D>
 __device__ __forceinline__ FragmentA left_factor(shared<bf16> tile, u32 row, u32 i) {
-    const u32 lane = threadIdx.x % WARP;
+    const u32 lane = threadIdx.x % WARP, at = place<D>(row + lane % 16, lane / 16);
     FragmentA a;
-    ldmatrix<4>(a.a, tile + place<D>(row + lane % 16, 2 * i + lane / 16));
+    ldmatrix<4>(a.a, tile + (at ^ 16 * i));
     return a;
 }
 
-// warp: c[16 × N] += A[16 × D] · Bᵀ of the rows `row` to `row` + N − 1 of a tile; left(i) gives columns 16·i … of A.
+// warp: c[16 × N] += A[16 × D] · Bᵀ of the first N rows of a tile; left(i) gives columns 16·i … of A.
 template <u32 D, u32 N, typename Left>
-__device__ __forceinline__ void multiply_by_rows(FragmentC (&c)[N / 8], Left left, shared<bf16> tile, u32 row) {
-    const u32 lane = threadIdx.x % WARP;
+__device__ __forceinline__ void multiply_by_rows(FragmentC (&c)[N / 8], Left left, shared<bf16> tile) {
+    const u32 lane = threadIdx.x % WARP, at = place<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (u32 i = 0; i < D / 16; i++) {
         const FragmentA a = left(i);
+        shared<bf16> rows = tile + (at ^ 16 * i);
 #pragma unroll
         for (u32 n = 0; n < N / 16; n++) {
             u32 b[4];
-            ldmatrix<4>(b, tile + place<D>(row + n * 16 + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+            ldmatrix<4>(b, rows + n * 16 * D);
             mma_m16n8k16(c[2 * n], a, {{b[0], b[1]}});
             mma_m16n8k16(c[2 * n + 1], a, {{b[2], b[3]}});
         }
     }
 }
 
-// warp: c[16 × D] += bf16(A[16 × K]) · B of the rows `row` to `row` + K − 1 of a tile. A lies as a product left it: two of
-// its pieces of 8 columns are one left factor.
+// warp: c[16 × D] += bf16(A[16 × K]) · B of the first K rows of a tile. A lies as a product left it: two of its pieces of 8
+// columns are one left factor.
 template <u32 D, u32 K>
-__device__ __forceinline__ void multiply_by_columns(FragmentC (&c)[D / 8], const FragmentC (&a)[K / 8], shared<bf16> tile,
-                                                    u32 row) {
-    const u32 lane = threadIdx.x % WARP;
+__device__ __forceinline__ void multiply_by_columns(FragmentC (&c)[D / 8], const FragmentC (&a)[K / 8],
+                                                    shared<bf16> tile) {
+    const u32 lane = threadIdx.x % WARP, at = place<D>(lane % 16, lane / 16);
 #pragma unroll
     for (u32 k = 0; k < K / 16; k++) {
         const float(&low)[4] = a[2 * k].c, (&high)[4] = a[2 * k + 1].c;
@@ -74,7 +78,7 @@ __device__ __forceinline__ void multiply_by_columns(FragmentC (&c)[D / 8], const
 #pragma unroll
         for (u32 n = 0; n < D / 16; n++) {
             u32 b[4];
-            ldmatrix<4, true>(b, tile + place<D>(row + k * 16 + lane % 16, 2 * n + lane / 16));
+            ldmatrix<4, true>(b, tile + (at ^ 16 * n) + k * 16 * D);
             mma_m16n8k16(c[2 * n], left, {{b[0], b[1]}});
             mma_m16n8k16(c[2 * n + 1], left, {{b[2], b[3]}});
         }

@@ -77,7 +77,7 @@ inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float exp2_approx(float x) { return std::exp2(x); }
+inline float exp2_approx(float x) { return x < -126 ? 0 : std::exp2(x); }
 inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 template <typename T>
 inline T min(T x, T y) {

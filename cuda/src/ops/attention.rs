@@ -78,7 +78,15 @@ impl Shape {
         if window == Some(0) {
             return Err(operation.error("a window of 0, in which a query does not see its own key"));
         }
-        operation.u32("the number of tokens", self.tokens)?;
+        // Differences of positions wrap around beyond all of them.
+        if self.tokens > i32::MAX as usize {
+            return Err(operation.error(format!("{} tokens, more than 2^31 - 1", self.tokens)));
+        }
+        if self.sequences.saturating_mul(self.longest) < self.tokens {
+            let Shape { tokens, sequences, longest, .. } = *self;
+            let what = format!("{sequences} examples of at most {longest} tokens are not {tokens} tokens");
+            return Err(operation.error(what));
+        }
         Ok(Raw {
             sequences: operation.u32("sequences", self.sequences)?,
             heads: operation.u32("heads", heads)?,
@@ -99,7 +107,7 @@ impl Shape {
     }
 
     fn is_empty(&self) -> bool {
-        self.tokens == 0 || self.sequences == 0 || self.heads == 0
+        self.tokens == 0 || self.heads == 0
     }
 
     /// The kernels for heads of this width.
