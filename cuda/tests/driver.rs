@@ -525,3 +525,17 @@ fn a_code_that_is_not_sticky_is_not_called_so() {
     assert!(line.ends_with("after rms_norm_8: CUDA error 999 (CUDA_ERROR_UNKNOWN)"), "{line}");
     assert!(said.of("synchronize").starts_with("fine"));
 }
+
+/// What the tests of whole runs count on: one attempt fails, the next does not.
+#[test]
+fn a_failure_may_be_asked_for_once() {
+    let Some(stand_in) = stand_in() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let once = directory.path().join("once");
+    let environment = [
+        ("FINETUNED_LIBCUDA_FAIL", "719@cuLaunchKernel:2"),
+        ("FINETUNED_LIBCUDA_ONCE", once.to_str().unwrap()),
+    ];
+    assert!(run(stand_in, "work", &environment).of("work").starts_with("sticky=1"));
+    assert_eq!(run(stand_in, "work", &environment).of("work"), expected());
+}
