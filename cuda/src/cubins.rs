@@ -109,7 +109,7 @@ fn compiler_name(compiler: &Compiler) -> String {
     format!("nvrtc{major}.{minor}")
 }
 
-fn file_name(source: &Source, sm: u32, compiler: &str) -> String {
+pub(crate) fn file_name(source: &Source, sm: u32, compiler: &str) -> String {
     format!("{}{compiler}.cubin", prefix(source, sm))
 }
 

@@ -185,7 +185,10 @@ impl Driver {
 
     fn bind(&self) -> Result<(), Error> {
         // SAFETY: retained until this is dropped.
-        cuda(unsafe { result::ctx::set_current(self.context) }, || format!("using {}", self.properties.name))
+        cuda(unsafe { result::ctx::set_current(self.context) }, || {
+            // The first call after a kernel that failed is often this one.
+            self.after(&format!("using {}", self.properties.name))
+        })
     }
 
     /// What a failed call was about: the call, and the launch that may be to blame.

@@ -72,9 +72,9 @@ kernels! {
     "adapter_gradient.cu" {
         adapter_gradient 256 threads, 0 shared, 80 registers, 3 blocks;
         adapter_gradient_sum 256 threads, 0 shared, 40 registers, 6 blocks;
-    }
     // Two blocks of heads of 128 fill the shared memory of an SM: up to 255 registers cost no block. The forward pass
     // does without; the gradient of the queries keeps the fragments of q and of dout beside its sums.
+    }
     "attention.cu" {
         attention_64 128 threads, 32768 shared, 128 registers, 4 blocks;
         attention_128 128 threads, 65536 shared, 168 registers, 2 blocks;

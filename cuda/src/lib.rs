@@ -20,6 +20,7 @@
 //! | [`device`] | properties of a device, and a device with its launcher |
 //! | [`tiles`] | which kernel for which shape, as data with its provenance |
 //! | [`ops`] | one function an operation |
+//! | `simt`, `libcuda` | the stand-ins for tests: for a GPU, and for the driver's library (feature `simt`) |
 //!
 //! No CUDA toolkit is needed to build this and none to run it: libcuda and NVRTC are loaded when they are asked for.
 
@@ -31,6 +32,8 @@ pub mod driver;
 pub mod error;
 pub mod kernels;
 pub mod launcher;
+#[cfg(feature = "simt")]
+pub mod libcuda;
 pub mod memory;
 pub mod ops;
 #[cfg(feature = "simt")]

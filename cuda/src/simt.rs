@@ -186,7 +186,7 @@ struct Settings {
     count: bool,
 }
 
-struct Compiler {
+pub(crate) struct Compiler {
     program: String,
     version: String,
     directory: PathBuf,
@@ -201,14 +201,8 @@ impl Simt {
     /// The stand-in, or a sentence that says why there is none. With `FINETUNED_SIMT_SANITIZE=1` in the environment the
     /// kernels are compiled with the address and undefined-behaviour sanitizers, whose runtime has to be preloaded.
     pub fn new() -> Result<Arc<Simt>, String> {
-        let sanitize = std::env::var_os("FINETUNED_SIMT_SANITIZE").is_some_and(|value| value == "1");
-        let directory = std::env::current_exe()
-            .ok()
-            .and_then(|program| Some(program.parent()?.join("simt")))
-            .unwrap_or_else(|| std::env::temp_dir().join("finetuned-simt"));
-        let (program, version) = find_compiler()?;
         Ok(Arc::new(Simt {
-            compiler: Compiler { program, version, directory, sanitize },
+            compiler: Compiler::find()?,
             properties: orin(),
             settings: Mutex::default(),
             libraries: Mutex::default(),
@@ -285,11 +279,22 @@ fn find_compiler() -> Result<(String, String), String> {
     Err(format!("there is no C++ compiler (tried {})", names.join(", ")))
 }
 
-fn file_error(path: &Path, source: std::io::Error) -> Error {
+pub(crate) fn file_error(path: &Path, source: std::io::Error) -> Error {
     Error::File { path: path.to_path_buf(), source }
 }
 
 impl Compiler {
+    /// The compiler of this machine, and where its libraries are kept.
+    pub(crate) fn find() -> Result<Compiler, String> {
+        let sanitize = std::env::var_os("FINETUNED_SIMT_SANITIZE").is_some_and(|value| value == "1");
+        let directory = std::env::current_exe()
+            .ok()
+            .and_then(|program| Some(program.parent()?.join("simt")))
+            .unwrap_or_else(|| std::env::temp_dir().join("finetuned-simt"));
+        let (program, version) = find_compiler()?;
+        Ok(Compiler { program, version, directory, sanitize })
+    }
+
     fn flags(&self) -> impl Iterator<Item = &'static str> {
         // clang++ needs to be told to use the shared runtime, g++ does by itself and does not know the option.
         let clang = self.version.contains("clang");
@@ -303,8 +308,13 @@ impl Compiler {
             .chain([optimise])
     }
 
+    /// Where libraries are kept.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The library of a source, compiled if it is not there.
-    fn build(&self, source: &Source) -> Result<PathBuf, Error> {
+    pub(crate) fn build(&self, source: &Source) -> Result<PathBuf, Error> {
         let mut hash = Sha256::new();
         hash.update(source.hash());
         HOST_HEADERS.iter().for_each(|header| hash.update(header.text));
@@ -356,13 +366,13 @@ fn building(directory: &Path) -> Arc<Mutex<()>> {
     lock(&ALL).entry(directory.to_path_buf()).or_default().clone()
 }
 
-fn unique() -> String {
+pub(crate) fn unique() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let half_done = path.with_extension(unique());
     std::fs::write(&half_done, bytes)
         .and_then(|()| std::fs::rename(&half_done, path))
