@@ -187,7 +187,9 @@ pub fn scratch_elements(group: &[(usize, usize)]) -> usize {
 /// Elements of [`Scratch`] that products of `m` rows with a group of weights in NF4 need: [`scratch_elements`], or none where
 /// the kernels dequantise on their way. `block` is the number of elements that share a scale.
 pub fn scratch_needed(device: &Properties, m: usize, block: usize, group: &[(usize, usize)]) -> usize {
-    let units = group.iter().all(|&(_, inputs)| in_units(inputs, block));
+    // Rows of dY that do not begin at multiples of 16 bytes are for the general kernel.
+    let units =
+        group.iter().all(|&(outputs, inputs)| in_units(inputs, block) && outputs.is_multiple_of(8));
     let fused = |table| select(table, device, m).is_some_and(is_fused);
     if units && fused(&FORWARD_NF4) && fused(&GRADIENT_NF4) { 0 } else { scratch_elements(group) }
 }
