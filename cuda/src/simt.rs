@@ -602,3 +602,34 @@ impl Launcher for Simt {
         Ok(u64::MAX)
     }
 }
+
+/// The environment of a process whose stand-in runs under the address and undefined-behaviour sanitizers: a test starts
+/// itself once more with it. [`sanitized`] says whether this is that process.
+///
+/// # Errors
+/// When the compiler has no runtime for them.
+pub fn sanitizer_environment() -> Result<Vec<(&'static str, String)>, String> {
+    let library = |name: &str| {
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let output =
+            std::process::Command::new(compiler).arg(format!("-print-file-name={name}")).output().ok()?;
+        let path = String::from_utf8(output.stdout).ok()?.trim().to_string();
+        // A name that comes back as it went in was not found.
+        (path.contains('/') && std::path::Path::new(&path).exists()).then_some(path)
+    };
+    let (Some(address), Some(undefined)) = (library("libasan.so"), library("libubsan.so")) else {
+        return Err("the compiler has no libasan.so and libubsan.so".into());
+    };
+    Ok(vec![
+        ("FINETUNED_SIMT_SANITIZE", "1".into()),
+        ("LD_PRELOAD", format!("{address} {undefined}")),
+        // Rust's runtime and the fibers' stacks are none of the leak checker's business.
+        ("ASAN_OPTIONS", "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0".into()),
+        ("UBSAN_OPTIONS", "print_stacktrace=1:halt_on_error=1".into()),
+    ])
+}
+
+/// Whether the kernels of this process run under the sanitizers.
+pub fn sanitized() -> bool {
+    std::env::var_os("FINETUNED_SIMT_SANITIZE").is_some()
+}

@@ -9,13 +9,23 @@ use super::support::*;
 use finetuned::backend::cpu::Cpu;
 use finetuned::backend::cuda::{ARITHMETIC, Cuda};
 use finetuned::backend::{Backend, Role};
+use finetuned::config::spec::{Quantization, Spec};
 use finetuned::data::Sequence;
 use finetuned::model::adapter::{Adapter, AdapterLayout};
 use finetuned::model::decoder::{BatchShape, Decoder, KeyValueCache, Workspace};
-use finetuned_cuda::Device;
+use finetuned::model::memory::{self, MicroBatch};
+use finetuned::model::weights::Base;
+use finetuned::train::schedule::Schedule;
+use finetuned::train::trainer::Trainer;
 use finetuned_cuda::cubins::Cubins;
 use finetuned_cuda::driver::{self, Driver};
-use finetuned_cuda::simt::{Order, Simt};
+use finetuned_cuda::launcher::{Address, Launch, Launcher};
+use finetuned_cuda::simt::{self, Order, Simt};
+use finetuned_cuda::{Device, Error, Properties};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 /// Every device there is, by name.
 fn devices() -> Vec<(&'static str, Device)> {
@@ -189,6 +199,28 @@ fn the_schedule_does_not_change_a_bit() {
     }
 }
 
+/// A whole step, forward and back with dropout, with the kernels compiled for the address and undefined-behaviour
+/// sanitizers, in a process of its own.
+#[test]
+fn a_step_runs_under_the_sanitizers() {
+    let environment = match simt::sanitizer_environment() {
+        Ok(environment) => environment,
+        Err(why) => return skipped("sanitizers", &why),
+    };
+    if simt::sanitized() {
+        return; // this is that process
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["cuda::the_cut_into_micro_batches_does_not_change_a_bit", "--exact"])
+        .envs(environment)
+        .output()
+        .unwrap();
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{complained}");
+    assert!(said.contains("1 passed"), "{said}");
+}
+
 /// A text that grows by one token at a time has the logits of the text as a whole.
 #[test]
 fn generation_is_the_model_of_training() {
@@ -246,4 +278,91 @@ fn cuda_bits_are_those_of_this_arithmetic() {
     bits.iter().for_each(|v| hash.update(v.to_le_bytes()));
     let hash: String = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
     assert_eq!((ARITHMETIC, hash.as_str()), (1, "unknown"));
+}
+
+/// Another launcher, which counts what is allocated.
+struct Counting {
+    inner: Arc<Simt>,
+    allocations: AtomicUsize,
+    bytes: AtomicU64,
+}
+
+// SAFETY (of every call): the caller's promise is handed on as it is.
+impl Launcher for Counting {
+    fn properties(&self) -> &Properties {
+        self.inner.properties()
+    }
+    fn allocate(&self, bytes: u64) -> Result<Address, Error> {
+        self.allocations.fetch_add(1, Relaxed);
+        self.bytes.fetch_add(bytes, Relaxed);
+        self.inner.allocate(bytes)
+    }
+    unsafe fn free(&self, address: Address) {
+        unsafe { self.inner.free(address) }
+    }
+    unsafe fn copy_in(&self, to: Address, from: &[u8]) -> Result<(), Error> {
+        unsafe { self.inner.copy_in(to, from) }
+    }
+    unsafe fn copy_out(&self, from: Address, to: &mut [u8]) -> Result<(), Error> {
+        unsafe { self.inner.copy_out(from, to) }
+    }
+    unsafe fn copy(&self, to: Address, from: Address, bytes: u64) -> Result<(), Error> {
+        unsafe { self.inner.copy(to, from, bytes) }
+    }
+    unsafe fn fill(&self, at: Address, byte: u8, bytes: u64) -> Result<(), Error> {
+        unsafe { self.inner.fill(at, byte, bytes) }
+    }
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        unsafe { self.inner.launch(launch) }
+    }
+    fn synchronize(&self) -> Result<(), Error> {
+        self.inner.synchronize()
+    }
+    fn free_memory(&self) -> Result<u64, Error> {
+        self.inner.free_memory()
+    }
+}
+
+/// All memory is there before the first step but for the table of rotary angles (sines and cosines), and nothing is taken
+/// after it, however the micro-batches differ.
+#[test]
+fn no_step_takes_memory() {
+    let Ok(simt) = Simt::new() else { return };
+    let counting =
+        Arc::new(Counting { inner: simt, allocations: AtomicUsize::new(0), bytes: AtomicU64::new(0) });
+    let golden = Golden::load("qwen2", "nf4");
+    let mut layout = golden.layout.clone();
+    layout.dropout = 0.1;
+    let rows = sequences(&golden);
+    let longest = rows.iter().map(|s| s.tokens.len()).max().unwrap();
+    let capacity = 3 * longest;
+
+    let backend = Cuda::new(Device::new(counting.clone()), "test");
+    let cache = tempfile::tempdir().unwrap();
+    let model = golden.dir.join("model");
+    let base = Base::load(&model, Quantization::Nf4, true, cache.path(), &mut |_, _| {}).unwrap();
+    let largest = MicroBatch { tokens: capacity, labelled: capacity, longest };
+    let shape = memory::step_shape(&base, &layout, largest);
+    let planned = backend.scratch_bytes(shape);
+    backend.reserve(shape);
+    let reserved = counting.bytes.load(Relaxed);
+    assert!(reserved >= planned, "{reserved} bytes were reserved, {planned} planned");
+    let decoder = Decoder::new(backend, base);
+    let mut trainer = Trainer::new(decoder, layout, 5, capacity, true);
+    let spec = Spec::parse("[model]\nbase = \"x\"\n[data]\ntrain = [\"y\"]\n", "t", Path::new("/"), &[]).unwrap();
+    let schedule = Schedule::new(&spec.train, 4);
+    let prepared = counting.allocations.load(Relaxed);
+    let mut counts = Vec::new();
+    for step in 0..3 {
+        let mut labelled = 0;
+        for size in [3, 1, 2] {
+            let part: Vec<_> = rows.iter().cycle().skip(step + size).take(size).cloned().zip(7..).collect();
+            labelled += trainer.micro_step(&part, 0.0).labelled;
+        }
+        let norm = trainer.gradient_norm(labelled);
+        trainer.update(&spec.train, &schedule, step as u64, labelled, norm);
+        counts.push(counting.allocations.load(Relaxed) - prepared);
+    }
+    assert!(counts[0] <= 2, "{counts:?}");
+    assert_eq!(counts, [counts[0]; 3]);
 }
