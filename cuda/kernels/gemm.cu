@@ -2,7 +2,7 @@
 // U = scale·X·Aᵀ and G = scale·dY·B of a LoRA. gemm.cuh has the formula with its rounding points, and the order of the sums.
 //
 // Tiled (sizes in the name: rows × columns of a block): operands are copied by cp.async, 16 bytes a thread, into a ring of
-// STAGES tiles of depth 32, whose pieces are swizzled; ldmatrix and mma read them without bank conflicts. One barrier a tile:
+// four tiles of depth 32 (eight of the narrow ones), whose pieces are swizzled; ldmatrix and mma read them without bank conflicts. One barrier a tile:
 //
 //     wait for tile k ─► barrier ─► ask for tile k + 3 ─► 2 steps of mma on tile k
 //
@@ -13,8 +13,6 @@
 // cache; out 2 an element (4 in f32). Bound: tensor cores from about 200 rows on, memory below (reading W). Out of reach: a
 // tile of 128 × 128 × 32 keeps the tensor cores of an Orin for 512 clocks and shared memory for 384 + 128 of them.
 #include <gemm.cuh>
-
-constexpr u32 STAGES = 4;
 
 template <typename T, bool NN>
 __device__ __forceinline__ void copy_right(shared<bf16> to, const Part& part, u32 n0, u32 k) {
@@ -28,6 +26,7 @@ __device__ __forceinline__ void copy_right(shared<bf16> to, const Part& part, u3
 template <typename T, bool NN, bool SUM, typename Out>
 __device__ __forceinline__ void tiled(const Group& group) {
     product<T, NN, SUM, Out, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
+        constexpr u32 STAGES = T::STAGES;
         const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
         auto ask = [&](u32 tile) {
             if (tile < tiles) {
@@ -105,8 +104,8 @@ PRODUCT(gemm_nt_f32_32x64, Small, 4, (tiled<Small, false, false, float>))
 PRODUCT(gemm_nn_128x128, Large, 2, (tiled<Large, true, true, bf16>))
 PRODUCT(gemm_nn_64x64, Medium, 4, (tiled<Medium, true, true, bf16>))
 PRODUCT(gemm_nn_32x64, Small, 4, (tiled<Small, true, true, bf16>))
-PRODUCT(gemm_nt_64x16, Narrow, 6, (tiled<Narrow, false, false, bf16>))
-PRODUCT(gemm_nn_64x16, Narrow, 6, (tiled<Narrow, true, false, bf16>))
+PRODUCT(gemm_nt_64x16, Narrow, 4, (tiled<Narrow, false, false, bf16>))
+PRODUCT(gemm_nn_64x16, Narrow, 4, (tiled<Narrow, true, false, bf16>))
 PRODUCT(gemm_nt_general, Medium, 4, (general<false, false, bf16>))
 PRODUCT(gemm_nt_f32_general, Medium, 4, (general<false, false, float>))
 PRODUCT(gemm_nn_general, Medium, 4, (general<true, true, bf16>))

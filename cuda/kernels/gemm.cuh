@@ -50,9 +50,10 @@ struct Group {
 constexpr u32 DEPTH = 32;  // of a tile: two steps of mma
 constexpr u32 STEPS = DEPTH / 16;
 
-// Rows × columns of a block, and how its warps share them.
-template <u32 ROWS, u32 COLUMNS, u32 WARPS_M, u32 WARPS_N>
+// Rows × columns of a block, how its warps share them, and how many tiles of depth it holds.
+template <u32 ROWS, u32 COLUMNS, u32 WARPS_M, u32 WARPS_N, u32 RING = 4>
 struct Tile {
+    static constexpr u32 STAGES = RING;
     static constexpr u32 M = ROWS, N = COLUMNS;
     static constexpr u32 THREADS = WARPS_M * WARPS_N * WARP;
     static constexpr u32 ACROSS = WARPS_N;                  // warps side by side
@@ -66,7 +67,7 @@ struct Tile {
 typedef Tile<128, 128, 2, 4> Large;
 typedef Tile<64, 64, 2, 2> Medium;
 typedef Tile<32, 64, 2, 2> Small;
-typedef Tile<64, 16, 4, 1> Narrow;
+typedef Tile<64, 16, 4, 1, 8> Narrow;  // few blocks, little to compute: what is in flight is what it is fast by
 
 // Shared memory holds tiles with rows of CHUNKS · 16 bytes. Which eight of these 16-byte pieces meet in one pass through the
 // banks is either a column of eight rows (ldmatrix) or a run of a row (copies): a row's pieces are rotated by XOR, so that

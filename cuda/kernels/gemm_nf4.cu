@@ -16,8 +16,6 @@
 #include <gemm.cuh>
 #include <gemm_units.cuh>
 
-constexpr u32 STAGES = 4;
-
 // The scale of a row of a unit, asked for: plain (or of a row outside: 0) when `code` is PLAIN, else its parts.
 struct Scale {
     float value;
@@ -57,6 +55,7 @@ __device__ __forceinline__ void fused(const Group& group) {
     if (threadIdx.x < 16) store_shared(table + threadIdx.x, NF4_CODES[threadIdx.x]);
     __syncthreads();
     product<T, NN, SUM, bf16, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
+        constexpr u32 STAGES = T::STAGES;
         constexpr u32 CODES = T::THREADS * UNIT / 2;  // bytes of a tile: 8 a thread
         const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
         const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);

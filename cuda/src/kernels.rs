@@ -123,8 +123,8 @@ kernels! {
         gemm_nn_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
         gemm_nn_64x64 128 threads, 32768 shared, 128 registers, 4 blocks;
         gemm_nn_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
-        gemm_nt_64x16 128 threads, 20480 shared, 80 registers, 6 blocks;
-        gemm_nn_64x16 128 threads, 20480 shared, 80 registers, 6 blocks;
+        gemm_nt_64x16 128 threads, 40960 shared, 80 registers, 4 blocks;
+        gemm_nn_64x16 128 threads, 40960 shared, 80 registers, 4 blocks;
         gemm_nt_general 128 threads, 0 shared, 128 registers, 4 blocks;
         gemm_nt_f32_general 128 threads, 0 shared, 128 registers, 4 blocks;
         gemm_nn_general 128 threads, 0 shared, 128 registers, 4 blocks;

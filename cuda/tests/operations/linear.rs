@@ -552,3 +552,297 @@ fn a_product_reads_its_operands_once_and_without_conflicts() {
         }
     }
 }
+
+/// Dequantising for a plain product writes each element once.
+#[test]
+fn dequantising_moves_its_bytes_once_and_without_conflicts() {
+    let (m, inputs, outputs) = (8, 256, 96);
+    let layers = [layer(outputs, Plain(64), false, None)];
+    let (x, data) = (random(m * inputs, 1), data(m, inputs, &layers));
+    let row = &linear::FORWARD[0];
+    let counters = counted(|device| run_forward(device, Some(row), m, inputs, &x, None, &data).map(|_| ()));
+    let Some(counters) = counters else { return };
+    no_conflicts(&counters);
+    let n = (outputs * inputs) as u64;
+    assert_eq!(counters["gemm_pack"].bus_bytes(), n);
+    let found = counters["gemm_unpack"];
+    assert_eq!(found.bus_bytes(), n / 2 + 2 * n + n / 64 * 4);
+    // Codes and values in whole sectors; a warp's four rows find their scales in two more.
+    assert_eq!(32 * (found.global_load_sectors + found.global_store_sectors), n / 2 + 2 * n + n / 4);
+}
+
+// ── What is not computed ──
+
+#[test]
+fn the_down_product_can_be_had_alone() {
+    let (m, inputs, layers) = (5, 64, [layer(32, Plain(64), false, Some(16))]);
+    let (x, data) = (random(m * inputs, 1), data(m, inputs, &layers));
+    let Some(simt) = simt() else { return };
+    let device = simt.device();
+    let whole = run_forward(&device, None, m, inputs, &x, None, &data).unwrap();
+    let back = run_gradient(&device, None, m, inputs, None, &data).unwrap();
+    simt.take_counters();
+
+    let d = &data[0];
+    let weight = d.weight.upload(&device, d.layer.kind, d.layer.outputs, inputs).unwrap();
+    let (a, b) = (upload(&device, &d.a), upload(&device, &d.b));
+    let mut scratch = Scratch::new(poisoned(&device, 0));
+    let mut down = poisoned(&device, m * 16 + BEHIND);
+    let lora = Lora { a: &a, b: &b, rank: 16, scale: SCALE, down: &mut down, input: None };
+    let mut parts = [Forward { weight: &weight, bias: None, lora: Some(lora), y: None }];
+    forward(m, inputs, &upload(&device, &x), &mut parts, &mut scratch).unwrap();
+    same_bits("u", &down.all(), &whole[0].1);
+
+    let (dy, mut gradient) = (upload(&device, &d.dy), poisoned(&device, m * 16 + BEHIND));
+    let lora = LoraBackward { a: &a, b: &b, rank: 16, scale: SCALE, gradient: &mut gradient, dropout: None };
+    let mut parts = [Backward { weight: &weight, dy: &dy, lora: Some(lora) }];
+    input_gradient(m, inputs, &mut parts, None, &mut scratch).unwrap();
+    same_bits("g", &gradient.all(), &back[0].1);
+    let ran: Vec<&str> = simt.take_counters().into_keys().collect();
+    assert_eq!(ran, ["gemm_nn_64x16", "gemm_nt_64x16", "gemm_pack"]);
+}
+
+/// A copy is made when there is none, found when there is one, and never that of another matrix.
+#[test]
+fn scratch_knows_what_it_holds() {
+    let Some(simt) = simt() else { return };
+    let device = simt.device();
+    let (m, inputs, outputs) = (3, 64, 32);
+    let x = upload(&device, &random(m * inputs, 1));
+    let matrix =
+        |seed| weight(Plain(64), outputs, inputs, seed).upload(&device, Plain(64), outputs, inputs).unwrap();
+    let row = Some(&linear::FORWARD[0]);
+    let run = |matrix: &Matrix, scratch: &mut Scratch| {
+        let mut y = poisoned(&device, m * outputs);
+        let mut parts = [Forward { weight: matrix, bias: None, lora: None, y: Some(&mut y) }];
+        forward_with(row, m, inputs, &x, &mut parts, scratch).unwrap();
+        y.all()
+    };
+    // Two fit, and which two is asked for changes.
+    let mut scratch = Scratch::new(poisoned(&device, 2 * scratch_elements(&[(outputs, inputs)])));
+    let matrices = [matrix(1), matrix(2), matrix(3)];
+    let expected: Vec<Values> = matrices
+        .iter()
+        .map(|matrix| run(matrix, &mut Scratch::new(poisoned(&device, outputs * inputs))))
+        .collect();
+    simt.take_counters();
+    let copies = || simt.take_counters().get("gemm_unpack").map_or(0, |found| found.threads / 256);
+    for (i, wanted) in [(0, 1), (0, 0), (1, 1), (0, 0), (1, 0), (2, 1), (0, 1), (2, 0), (1, 1), (1, 0)] {
+        same_bits(&format!("matrix {i}"), &run(&matrices[i], &mut scratch), &expected[i]);
+        assert_eq!(copies(), wanted, "matrix {i}");
+    }
+    // A new matrix where an old one was.
+    drop(matrices);
+    let again = matrix(2);
+    same_bits("a new one", &run(&again, &mut scratch), &expected[1]);
+    assert_eq!(copies(), 1);
+}
+
+// ── Logits ──
+
+/// Rows, hidden, vocabulary, how the head is stored.
+const HEADS: [(usize, usize, usize, Kind); 6] = [
+    (0, 64, 10, Dense),
+    (1, 64, 100, Dense),
+    (3, 40, 33, Dense),
+    (5, 33, 17, Dense),
+    (65, 64, 201, Dense),
+    (2, 64, 72, Nested(64)),
+];
+
+fn head_scratch(device: &Device, hidden: usize, vocabulary: usize) -> Scratch {
+    Scratch::new(poisoned(device, scratch_elements(&[(vocabulary, hidden)])))
+}
+
+#[test]
+fn logits_are_products_in_fp32() {
+    for (m, hidden, vocabulary, kind) in HEADS {
+        let (h, head) = (random(m * hidden, 1), weight(kind, vocabulary, hidden, 2));
+        let oracle = product(m, vocabulary, hidden, &h, |k, n| head.values[n * hidden + k]);
+        let stride = vocabulary.next_multiple_of(8);
+        for row in linear::LOGITS.iter().chain([&linear::LOGITS_GENERAL]) {
+            everywhere(
+                |device| {
+                    let matrix = head.upload(device, kind, vocabulary, hidden)?;
+                    let mut scratch = head_scratch(device, hidden, vocabulary);
+                    let (h, mut out) = (upload(device, &h), poisoned(device, m * stride));
+                    linear::logits_with(Some(row), m, hidden, &h, &matrix, &mut out, stride, &mut scratch)?;
+                    Ok(vec![("logits", out.all())])
+                },
+                |device, outputs| {
+                    let found = outputs[0].1.f64();
+                    let rows = found.chunks(stride);
+                    assert!(rows.clone().all(|row| row[vocabulary..].iter().all(|v| v.is_nan())));
+                    let inside: Vec<f64> = rows.flat_map(|row| row[..vocabulary].to_vec()).collect();
+                    // Each product rounded to fp32, and each sum: n·2⁻²⁴ at most, of numbers near √n.
+                    for (found, expected) in inside.iter().zip(&oracle) {
+                        let what = format!("{device}: {m} × {hidden} × {vocabulary}, {}", row.kernel.name);
+                        assert!((found - expected).abs() < 1e-4, "{what}: {found} and not {expected}");
+                    }
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn gradients_of_logits_are_read_where_they_lie() {
+    for (m, hidden, vocabulary, kind) in HEADS {
+        let (d, head) = (random(m * vocabulary, 1), weight(kind, vocabulary, hidden, 2));
+        let oracle = product(m, hidden, vocabulary, &d, |k, n| head.values[k * hidden + n]);
+        let stride = vocabulary.next_multiple_of(8);
+        // As ops::cross_entropy leaves them: zeros up to the stride, then what is left of the logits.
+        let rows: Vec<bf16> = d
+            .chunks(vocabulary)
+            .flat_map(|row| {
+                let mut row: Vec<bf16> = row.iter().map(|&v| bf16::from_f64(v)).collect();
+                row.resize(stride, bf16::ZERO);
+                row.resize(2 * stride, bf16::NAN);
+                row
+            })
+            .collect();
+        let words: Vec<f32> = rows
+            .chunks_exact(2)
+            .map(|pair| f32::from_bits(u32::from(pair[0].to_bits()) | u32::from(pair[1].to_bits()) << 16))
+            .collect();
+        for row in linear::GRADIENT.iter().chain([&linear::GRADIENT_GENERAL]) {
+            everywhere(
+                |device| {
+                    let matrix = head.upload(device, kind, vocabulary, hidden)?;
+                    let mut scratch = head_scratch(device, hidden, vocabulary);
+                    let (d, mut dh) =
+                        (Buffer::from_slice(device, &words)?, poisoned(device, m * hidden + BEHIND));
+                    linear::logits_gradient_with(
+                        Some(row),
+                        m,
+                        hidden,
+                        &d,
+                        stride,
+                        &matrix,
+                        &mut dh,
+                        &mut scratch,
+                    )?;
+                    Ok(vec![("dh", dh.all())])
+                },
+                |device, outputs| {
+                    let what = format!("{device}: {m} × {vocabulary} × {hidden}, {}", row.kernel.name);
+                    rounded_once(&what, &inside(&what, &outputs[0].1), &oracle);
+                },
+            );
+        }
+    }
+}
+
+// ── Refusals ──
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let Some(simt) = simt() else { return };
+    let device = simt.device();
+    let bf = |len| poisoned::<bf16>(&device, len);
+    let dense = |outputs, inputs| Matrix::dense(outputs, inputs, bf(outputs * inputs)).unwrap();
+    let says = |error: Result<(), Error>, expected: &str| {
+        assert_eq!(error.unwrap_err().to_string(), expected);
+    };
+    let mut scratch = Scratch::new(bf(100));
+
+    says(Matrix::dense(4, 8, bf(31)).map(|_| ()), "matrix: values has 31 elements, 32 are needed");
+    let nf4 = |inputs, block, codes, packed, absmax| {
+        let absmax = Absmax::Plain(poisoned(&device, absmax));
+        Matrix::nf4(32, inputs, block, &poisoned(&device, codes), poisoned(&device, packed), absmax)
+    };
+    says(
+        nf4(64, 48, 1024, 1024, 32).map(|_| ()),
+        "matrix: blocks of 48 elements, not of a power of two from 32 on",
+    );
+    says(nf4(64, 64, 1023, 1024, 32).map(|_| ()), "matrix: codes has 1023 elements, 1024 are needed");
+    says(nf4(64, 64, 1024, 1000, 32).map(|_| ()), "matrix: packed has 1000 elements, 1024 are needed");
+    says(nf4(64, 64, 1024, 1024, 31).map(|_| ()), "matrix: absmax has 31 elements, 32 are needed");
+
+    let weight = dense(8, 16);
+    let mut run = |m, x, y: usize, bias: Option<usize>| {
+        let (x, mut y, bias) = (bf(x), bf(y), bias.map(|len| poisoned(&device, len)));
+        let mut parts = [Forward { weight: &weight, bias: bias.as_ref(), lora: None, y: Some(&mut y) }];
+        forward(m, 16, &x, &mut parts, &mut scratch)
+    };
+    says(run(3, 47, 24, None), "linear: x has 47 elements, 48 are needed");
+    says(run(3, 48, 23, None), "linear: y has 23 elements, 24 are needed");
+    says(run(3, 48, 24, Some(7)), "linear: bias has 7 elements, 8 are needed");
+    says(
+        run(usize::MAX / 4, 48, 24, None),
+        &format!("linear: [{}, 16] elements are too many", usize::MAX / 4),
+    );
+
+    let mut lora = |rank, a, b, down, input: Option<usize>| {
+        let (x, a, b, mut down, input) = (bf(48), bf(a), bf(b), bf(down), input.map(bf));
+        let lora = Lora { a: &a, b: &b, rank, scale: 1.0, down: &mut down, input: input.as_ref() };
+        let mut parts = [Forward { weight: &weight, bias: None, lora: Some(lora), y: None }];
+        forward(3, 16, &x, &mut parts, &mut scratch)
+    };
+    says(lora(0, 64, 32, 12, None), "linear: a LoRA of rank 0");
+    says(lora(4, 63, 32, 12, None), "linear: a has 63 elements, 64 are needed");
+    says(lora(4, 64, 31, 12, None), "linear: b has 31 elements, 32 are needed");
+    says(lora(4, 64, 32, 11, None), "linear: down has 11 elements, 12 are needed");
+    says(lora(4, 64, 32, 12, Some(47)), "linear: input of the LoRA has 47 elements, 48 are needed");
+
+    let x = bf(48);
+    let mut parts: Vec<Forward<'_>> =
+        (0..4).map(|_| Forward { weight: &weight, bias: None, lora: None, y: None }).collect();
+    says(forward(3, 16, &x, &mut parts, &mut scratch), "linear: 4 layers in a group, more than 3");
+    let narrow = dense(8, 15);
+    let mut parts = [Forward { weight: &narrow, bias: None, lora: None, y: None }];
+    says(forward(3, 16, &x, &mut parts, &mut scratch), "linear: a weight of 15 inputs in a group of 16");
+
+    let quantized = nf4(64, 64, 1024, 1024, 32).unwrap();
+    let (x, mut y) = (bf(64), bf(32));
+    let mut parts = [Forward { weight: &quantized, bias: None, lora: None, y: Some(&mut y) }];
+    says(
+        forward_with(Some(&linear::FORWARD[0]), 1, 64, &x, &mut parts, &mut scratch),
+        "linear: the scratch has 100 elements, dequantising these weights needs 2048",
+    );
+    let (x, mut y) = (bf(16), bf(8));
+    let mut parts = [Forward { weight: &weight, bias: None, lora: None, y: Some(&mut y) }];
+    says(
+        forward_with(Some(&linear::FORWARD_NF4[0]), 1, 16, &x, &mut parts, &mut scratch),
+        "linear: gemm_nf4_nt_32x64 takes weights in NF4 only",
+    );
+
+    let mut dx = bf(48);
+    says(
+        input_gradient(3, 16, &mut [], Some(&mut dx), &mut scratch),
+        "input gradient: a group of no layers has no gradient",
+    );
+    let mut back = |dy, dx: usize, gradient, tokens: Option<(usize, f64)>| {
+        let (dy, mut dx, a, b, mut gradient) = (bf(dy), bf(dx), bf(64), bf(32), bf(gradient));
+        let sequences = tokens.map(|(tokens, _)| sequences(&device, &[tokens], 0));
+        let dropout = sequences.as_ref().zip(tokens).map(|(sequences, (_, probability))| Mask {
+            sequences,
+            probability,
+            module: 0,
+        });
+        let lora = LoraBackward { a: &a, b: &b, rank: 4, scale: 1.0, gradient: &mut gradient, dropout };
+        let mut parts = [Backward { weight: &weight, dy: &dy, lora: Some(lora) }];
+        input_gradient(3, 16, &mut parts, Some(&mut dx), &mut scratch)
+    };
+    says(back(23, 48, 12, None), "input gradient: dy has 23 elements, 24 are needed");
+    says(back(24, 47, 12, None), "input gradient: dx has 47 elements, 48 are needed");
+    says(back(24, 48, 11, None), "input gradient: gradient of the LoRA has 11 elements, 12 are needed");
+    says(back(24, 48, 12, Some((4, 0.1))), "input gradient: sequences of 4 tokens for 3 rows");
+    says(back(24, 48, 12, Some((3, 1.0))), "input gradient: the probability is 1, not in [0, 1)");
+
+    let (h, mut out) = (bf(48), poisoned(&device, 24));
+    says(
+        linear::logits(3, 16, &h, &weight, &mut out, 7, &mut scratch),
+        "logits: rows of 7 elements for a vocabulary of 8, which takes 8",
+    );
+    let mut short = poisoned(&device, 23);
+    says(
+        linear::logits(3, 16, &h, &weight, &mut short, 8, &mut scratch),
+        "logits: out has 23 elements, 24 are needed",
+    );
+    let (d, mut dh) = (poisoned(&device, 24), bf(47));
+    says(
+        linear::logits_gradient(3, 16, &d, 8, &weight, &mut dh, &mut scratch),
+        "logits gradient: dh has 47 elements, 48 are needed",
+    );
+}
