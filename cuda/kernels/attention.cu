@@ -1,4 +1,5 @@
-// Causal attention of heads 64 and 128 wide, on tensor cores, without a T × T matrix (FlashAttention-2, arXiv 2307.08691).
+// Causal attention on tensor cores, without a T × T matrix (FlashAttention-2, arXiv 2307.08691), for heads that are 64 or
+// 128 wide. Multiples of 8 between these are filled up with zeros to 128 in shared memory.
 //
 //   s[i, j] = q[i]·k[j]      p[i, j] = e^(scale · (s[i, j] − most))      over the keys that query i sees, most = max_j s[i, j]
 //   out[i] = bf16(Σ_j bf16(p[i, j]) · v[j] / Σ_j p[i, j])      log_sum[i] = scale · most + ln Σ_j p[i, j]
@@ -22,30 +23,33 @@
 
 constexpr u32 THREADS = ROWS / PART * WARP;
 
-template <u32 D>
+// PADDED: heads of a.head_dim elements, fewer than D.
+template <u32 D, bool PADDED>
 __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum, global<const bf16> q, global<const bf16> k,
                                         global<const bf16> v, global<const u32> cu_seqlens, const Attention& a) {
     constexpr u32 TILE = ROWS * D;
     const u32 lane = threadIdx.x % WARP, t = lane % 4, head = blockIdx.x % a.heads;
+    const u32 d = PADDED ? a.head_dim : D;
     // The last tiles see the most keys: they begin first.
     Tile tile;
     if (!find_tile<ROWS>(tile, cu_seqlens, a.sequences, (gridDim.x - 1 - blockIdx.x) / a.heads)) return;
     const u32 part = threadIdx.x / WARP * PART, query = tile.first + part;  // this warp's first
-    const u64 q_stride = u64(a.heads) * D, stride = u64(a.kv_heads) * D;
-    const u64 q_first = (tile.start + tile.first) * q_stride + head * D;
-    const u64 kv_first = tile.start * stride + head / (a.heads / a.kv_heads) * D;
+    const u64 q_stride = u64(a.heads) * d, stride = u64(a.kv_heads) * d;  // of a token
+    const u64 q_first = (tile.start + tile.first) * q_stride + head * d;
+    const u64 kv_first = tile.start * stride + head / (a.heads / a.kv_heads) * d;
     const u32 begin = first_key_of(tile.first, a.window) / ROWS * ROWS, end = min(tile.first + ROWS, tile.len);
 
     // Keys and values of a stage, one after the other.
     shared<bf16> stages = shared_cast<bf16>(dynamic_shared());
     auto copy_keys = [&](u32 stage, u32 key) {
+        const u64 at = kv_first + key * stride;
         shared<bf16> to = stages + stage * 2 * TILE;
-        copy_tile<D, ROWS, THREADS>(to, k + kv_first + key * stride, stride, tile.len - key);
-        copy_tile<D, ROWS, THREADS>(to + TILE, v + kv_first + key * stride, stride, tile.len - key);
+        copy_tile<D, ROWS, THREADS>(to, k + at, stride, tile.len - key, d);
+        copy_tile<D, ROWS, THREADS>(to + TILE, v + at, stride, tile.len - key, d);
         cp_async_commit();
     };
     // The queries go through the second stage.
-    copy_tile<D, ROWS, THREADS>(stages + 2 * TILE, q + q_first, q_stride, tile.len - tile.first);
+    copy_tile<D, ROWS, THREADS>(stages + 2 * TILE, q + q_first, q_stride, tile.len - tile.first, d);
     cp_async_commit();
     copy_keys(0, begin);
     cp_async_wait<1>();
@@ -110,20 +114,17 @@ __device__ __forceinline__ void forward(global<bf16> out, global<float> log_sum,
         const u32 row = lane / 4 + r * 8;
         if (t == 0 && row < rows) store_global(log_sum + first + row * a.heads, most[r] * a.scale + logf(sum[r]));
     }
-    store_part<D>(out + first * D, q_stride, rows, sums, stages + part * D);
+    store_part<D>(out + first * d, q_stride, rows, d, sums, stages + part * D);
 }
 
-// Shared memory holds two blocks of heads of 128 (64 KiB each) and four of 64.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    attention_64(global<bf16> out, global<float> log_sum, global<const bf16> q, global<const bf16> k, global<const bf16> v,
-                 global<const u32> cu_seqlens, Attention a) {
-    forward<64>(out, log_sum, q, k, v, cu_seqlens, a);
-}
-ENTRY(attention_64)
-
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    attention_128(global<bf16> out, global<float> log_sum, global<const bf16> q, global<const bf16> k,
-                  global<const bf16> v, global<const u32> cu_seqlens, Attention a) {
-    forward<128>(out, log_sum, q, k, v, cu_seqlens, a);
-}
-ENTRY(attention_128)
+// Shared memory holds two blocks of heads of 128 (64 KiB each), which may use 255 registers, and four of 64.
+#define FORWARD(name, D, PADDED, BLOCKS)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                       \
+        name(global<bf16> out, global<float> log_sum, global<const bf16> q, global<const bf16> k, global<const bf16> v, \
+             global<const u32> cu_seqlens, Attention a) {                                                               \
+        forward<D, PADDED>(out, log_sum, q, k, v, cu_seqlens, a);                                                       \
+    }                                                                                                                   \
+    ENTRY(name)
+FORWARD(attention_64, 64, false, 4)
+FORWARD(attention_128, 128, false, 3)
+FORWARD(attention_padded, 128, true, 2)

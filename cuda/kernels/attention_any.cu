@@ -1,4 +1,4 @@
-// Attention and its gradient for any width of a head: the path of the widths that attention.cu has no tiles for.
+// Attention and its gradient for any width of a head, for the widths that attention.cu has no tiles for.
 //
 //   s[i, j] = scale · q[i]·k[j]      p[i, j] = e^(s[i, j]) / Σ_j e^(s[i, j])      over the keys that query i sees
 //   forward   out[i] = Σ_j p[i, j] · v[j]                      log_sum[i] = ln Σ_j e^(s[i, j])

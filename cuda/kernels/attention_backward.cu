@@ -24,21 +24,23 @@
 // a short example dkv has fewer blocks than fill a GPU, the price of its order.
 #include <attention_tiles.cuh>
 
-template <u32 D, u32 QUERIES>
+// PADDED: heads of a.head_dim elements, fewer than D.
+template <u32 D, bool PADDED, u32 QUERIES>
 __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> dv, global<const bf16> q,
                                                  global<const bf16> k, global<const bf16> v, global<const bf16> dout,
                                                  global<const float> log_sum, global<const float> delta,
                                                  global<const u32> cu_seqlens, const Attention& a) {
     constexpr u32 THREADS = 2 * ROWS / PART * WARP, TILE = ROWS * D, STEP = QUERIES * D;
     const u32 lane = threadIdx.x % WARP, t = lane % 4, kv_head = blockIdx.x % a.kv_heads, group = a.heads / a.kv_heads;
+    const u32 d = PADDED ? a.head_dim : D;
     // The first tiles are seen by the most queries: they begin first.
     Tile tile;
     if (!find_tile<ROWS>(tile, cu_seqlens, a.sequences, blockIdx.x / a.kv_heads)) return;
     // Warps w and w + 4 share the keys and, on the hardware, a quarter of the SM.
     const u32 pair = threadIdx.x / WARP % 4, part = pair * PART, key = tile.first + part;
     const bool second = threadIdx.x / WARP >= 4;
-    const u64 q_stride = u64(a.heads) * D, stride = u64(a.kv_heads) * D;
-    const u64 kv_first = (tile.start + tile.first) * stride + kv_head * D;
+    const u64 q_stride = u64(a.heads) * d, stride = u64(a.kv_heads) * d;  // of a token
+    const u64 kv_first = (tile.start + tile.first) * stride + kv_head * d;
     const u32 end = end_of_queries_of(min(tile.first + ROWS, tile.len) - 1, tile.len, a.window);
 
     // Keys, values; two stages of queries and gradients; two stages of log_sum and delta; p of every pair.
@@ -48,8 +50,8 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
     auto copy_queries = [&](u32 stage, u32 head, u32 query) {
         const u32 there = tile.len - query;
         const u64 first = u64(tile.start + query) * a.heads + head;
-        copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP, q + first * D, q_stride, there);
-        copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP + STEP, dout + first * D, q_stride, there);
+        copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP, q + first * d, q_stride, there, d);
+        copy_tile<D, QUERIES, THREADS>(stages + stage * 2 * STEP + STEP, dout + first * d, q_stride, there, d);
         if (threadIdx.x < 2 * QUERIES) {
             const u32 i = threadIdx.x % QUERIES;
             cp_async<4>(numbers + stage * 2 * QUERIES + threadIdx.x,
@@ -57,15 +59,10 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
         }
         cp_async_commit();
     };
-    copy_tile<D, ROWS, THREADS>(rows, k + kv_first, stride, tile.len - tile.first);
-    copy_tile<D, ROWS, THREADS>(rows + TILE, v + kv_first, stride, tile.len - tile.first);
+    copy_tile<D, ROWS, THREADS>(rows, k + kv_first, stride, tile.len - tile.first, d);
+    copy_tile<D, ROWS, THREADS>(rows + TILE, v + kv_first, stride, tile.len - tile.first, d);
     copy_queries(0, kv_head * group, tile.first);
 
-    // This lane's keys, and by how many queries, from the key's own on, each is seen.
-    const u32 its_key[2] = {key + lane / 4, key + lane / 4 + 8};
-    u32 seen_by[2];
-#pragma unroll
-    for (u32 r = 0; r < 2; r++) seen_by[r] = min(rows_from(its_key[r], tile.len), a.window);
     // This warp's: k, then v. Its 16 rows are read by no other warp, and take its result at the end.
     shared<bf16> own = rows + (second ? TILE : 0);
     const float c = a.scale * LOG2_E;
@@ -87,9 +84,14 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
         if (!second) {
             if (key + PART - 1 > query || query + QUERIES - 1 - key >= a.window || query + QUERIES > tile.len) {
 #pragma unroll
-                for (u32 i = 0; i < QUERIES / 2; i++)
-                    if (query + i / 4 * 8 + 2 * t + i % 2 - its_key[i % 4 / 2] >= seen_by[i % 4 / 2])
-                        s[i / 4].c[i % 4] = minus_infinity();
+                for (u32 r = 0; r < 2; r++) {
+                    // By how many queries, from its own on, the key is seen.
+                    const u32 its_key = key + lane / 4 + r * 8, seen_by = min(rows_from(its_key, tile.len), a.window);
+#pragma unroll
+                    for (u32 i = 0; i < QUERIES / 4; i++)
+                        if (query + i / 2 * 8 + 2 * t + i % 2 - its_key >= seen_by)
+                            s[i / 2].c[2 * r + i % 2] = minus_infinity();
+                }
             }
 #pragma unroll
             for (u32 n = 0; n < QUERIES / 8; n++) {
@@ -112,34 +114,37 @@ __device__ __forceinline__ void gradient_of_keys(global<bf16> dk, global<bf16> d
         multiply_by_columns<D, QUERIES>(sums, s, queries + (second ? 0 : STEP));
         stage ^= 1, head = next_head, query = next_query;
     }
-    store_part<D>((second ? dk : dv) + kv_first + part * stride, stride, rows_from(key, tile.len), sums, own + part * D);
+    store_part<D>((second ? dk : dv) + kv_first + part * stride, stride, rows_from(key, tile.len), d, sums,
+                  own + part * D);
 }
 
 // KEYS: of a tile, that are computed at a time.
-template <u32 D, u32 KEYS>
+template <u32 D, bool PADDED, u32 KEYS>
 __device__ __forceinline__ void gradient_of_queries(global<bf16> dq, global<const bf16> q, global<const bf16> k,
                                                     global<const bf16> v, global<const bf16> dout,
                                                     global<const float> log_sum, global<const float> delta,
                                                     global<const u32> cu_seqlens, const Attention& a) {
     constexpr u32 THREADS = ROWS / PART * WARP, TILE = ROWS * D;
     const u32 lane = threadIdx.x % WARP, t = lane % 4, head = blockIdx.x % a.heads;
+    const u32 d = PADDED ? a.head_dim : D;
     Tile tile;
     if (!find_tile<ROWS>(tile, cu_seqlens, a.sequences, (gridDim.x - 1 - blockIdx.x) / a.heads)) return;
     const u32 part = threadIdx.x / WARP * PART, query = tile.first + part, rows = rows_from(query, tile.len);
-    const u64 q_stride = u64(a.heads) * D, stride = u64(a.kv_heads) * D;
-    const u64 q_first = (tile.start + tile.first) * q_stride + head * D;
-    const u64 kv_first = tile.start * stride + head / (a.heads / a.kv_heads) * D;
+    const u64 q_stride = u64(a.heads) * d, stride = u64(a.kv_heads) * d;  // of a token
+    const u64 q_first = (tile.start + tile.first) * q_stride + head * d;
+    const u64 kv_first = tile.start * stride + head / (a.heads / a.kv_heads) * d;
     const u32 begin = first_key_of(tile.first, a.window) / ROWS * ROWS, end = min(tile.first + ROWS, tile.len);
 
     shared<bf16> stages = shared_cast<bf16>(dynamic_shared());
     auto copy_keys = [&](u32 stage, u32 key) {
+        const u64 at = kv_first + key * stride;
         shared<bf16> to = stages + stage * 2 * TILE;
-        copy_tile<D, ROWS, THREADS>(to, k + kv_first + key * stride, stride, tile.len - key);
-        copy_tile<D, ROWS, THREADS>(to + TILE, v + kv_first + key * stride, stride, tile.len - key);
+        copy_tile<D, ROWS, THREADS>(to, k + at, stride, tile.len - key, d);
+        copy_tile<D, ROWS, THREADS>(to + TILE, v + at, stride, tile.len - key, d);
         cp_async_commit();
     };
-    copy_tile<D, ROWS, THREADS>(stages + 2 * TILE, q + q_first, q_stride, tile.len - tile.first);
-    copy_tile<D, ROWS, THREADS>(stages + 3 * TILE, dout + q_first, q_stride, tile.len - tile.first);
+    copy_tile<D, ROWS, THREADS>(stages + 2 * TILE, q + q_first, q_stride, tile.len - tile.first, d);
+    copy_tile<D, ROWS, THREADS>(stages + 3 * TILE, dout + q_first, q_stride, tile.len - tile.first, d);
     cp_async_commit();
     copy_keys(0, begin);
     cp_async_wait<1>();
@@ -192,22 +197,23 @@ __device__ __forceinline__ void gradient_of_queries(global<bf16> dq, global<cons
         }
     }
     __syncthreads();
-    store_part<D>(dq + first * D, q_stride, rows, sums, stages + part * D);
+    store_part<D>(dq + first * d, q_stride, rows, d, sums, stages + part * D);
 }
 
-#define BACKWARD(D, QUERIES, KEYS, BLOCKS)                                                                               \
-    extern "C" __global__ void __launch_bounds__(2 * ROWS / PART * WARP, 2) attention_dkv_##D(                           \
-        global<bf16> dk, global<bf16> dv, global<const bf16> q, global<const bf16> k, global<const bf16> v,              \
-        global<const bf16> dout, global<const float> log_sum, global<const float> delta, global<const u32> cu_seqlens,   \
-        Attention a) {                                                                                                   \
-        gradient_of_keys<D, QUERIES>(dk, dv, q, k, v, dout, log_sum, delta, cu_seqlens, a);                              \
-    }                                                                                                                    \
-    ENTRY(attention_dkv_##D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(ROWS / PART * WARP, BLOCKS) attention_dq_##D(                           \
-        global<bf16> dq, global<const bf16> q, global<const bf16> k, global<const bf16> v, global<const bf16> dout,      \
-        global<const float> log_sum, global<const float> delta, global<const u32> cu_seqlens, Attention a) {             \
-        gradient_of_queries<D, KEYS>(dq, q, k, v, dout, log_sum, delta, cu_seqlens, a);                                  \
-    }                                                                                                                    \
-    ENTRY(attention_dq_##D)
-BACKWARD(64, 64, 32, 3)
-BACKWARD(128, 32, 16, 2)
+#define BACKWARD(suffix, D, PADDED, QUERIES, DKV_BLOCKS, KEYS, DQ_BLOCKS)                                               \
+    extern "C" __global__ void __launch_bounds__(2 * ROWS / PART * WARP, DKV_BLOCKS) attention_dkv_##suffix(           \
+        global<bf16> dk, global<bf16> dv, global<const bf16> q, global<const bf16> k, global<const bf16> v,            \
+        global<const bf16> dout, global<const float> log_sum, global<const float> delta, global<const u32> cu_seqlens, \
+        Attention a) {                                                                                                 \
+        gradient_of_keys<D, PADDED, QUERIES>(dk, dv, q, k, v, dout, log_sum, delta, cu_seqlens, a);                    \
+    }                                                                                                                  \
+    ENTRY(attention_dkv_##suffix)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(ROWS / PART * WARP, DQ_BLOCKS) attention_dq_##suffix(                 \
+        global<bf16> dq, global<const bf16> q, global<const bf16> k, global<const bf16> v, global<const bf16> dout,    \
+        global<const float> log_sum, global<const float> delta, global<const u32> cu_seqlens, Attention a) {           \
+        gradient_of_queries<D, PADDED, KEYS>(dq, q, k, v, dout, log_sum, delta, cu_seqlens, a);                        \
+    }                                                                                                                  \
+    ENTRY(attention_dq_##suffix)
+BACKWARD(64, 64, false, 64, 2, 32, 3)
+BACKWARD(128, 128, false, 32, 2, 16, 2)
+BACKWARD(padded, 128, true, 32, 1, 16, 2)

@@ -23,16 +23,18 @@ __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
     return row * D + (chunk ^ (row % 8)) * 8;
 }
 
-// block: copies a tile of N rows that lie `stride` elements apart; rows from `rows` on become zeros. The caller commits.
+// block: copies a tile of N rows of `d` elements, a multiple of 8 up to D, that lie `stride` elements apart. What lies
+// beyond d, and rows from `rows` on, become zeros. The caller commits.
 template <u32 D, u32 N, u32 THREADS>
-__device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> from, u64 stride, u32 rows) {
+__device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> from, u64 stride, u32 rows, u32 d) {
     constexpr u32 CHUNKS = D / 8;
     static_assert(THREADS % CHUNKS == 0 && N * CHUNKS % THREADS == 0, "every thread copies as much");
     const u32 chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
+    const bool inside = chunk * 8 < d;
     from += first * stride + chunk * 8;
 #pragma unroll
     for (u32 row = 0; row < N; row += THREADS / CHUNKS) {
-        cp_async<16>(to + place<D>(first + row, chunk), from, first + row < rows);
+        cp_async<16>(to + place<D>(first + row, chunk), from, inside && first + row < rows);
         from += THREADS / CHUNKS * stride;
     }
 }
@@ -85,10 +87,11 @@ __device__ __forceinline__ void multiply_by_columns(FragmentC (&c)[D / 8], const
     }
 }
 
-// warp: writes its 16 rows of a result, the first `rows` of them, to rows of memory that lie `stride` apart. They go
-// through `own`, 16 rows of shared memory that no other warp touches any more, so that whole sectors are written.
+// warp: writes its 16 rows of a result, the first `rows` of them and of each the first `d` elements, to rows of memory that
+// lie `stride` apart. They go through `own`, 16 rows of shared memory that no other warp touches any more, so that whole
+// sectors are written.
 template <u32 D>
-__device__ __forceinline__ void store_part(global<bf16> to, u64 stride, u32 rows, const FragmentC (&c)[D / 8],
+__device__ __forceinline__ void store_part(global<bf16> to, u64 stride, u32 rows, u32 d, const FragmentC (&c)[D / 8],
                                            shared<bf16> own) {
     const u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -101,7 +104,7 @@ __device__ __forceinline__ void store_part(global<bf16> to, u64 stride, u32 rows
 #pragma unroll
     for (u32 i = lane; i < PART * CHUNKS; i += WARP) {
         const u32 row = i / CHUNKS, chunk = i % CHUNKS;
-        if (row < rows)
+        if (row < rows && chunk * 8 < d)
             store_global(to + row * stride + chunk * 8, load_shared<vec<bf16, 8>>(own + place<D>(row, chunk)));
     }
 }

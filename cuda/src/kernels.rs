@@ -72,12 +72,13 @@ kernels! {
     "adapter_gradient.cu" {
         adapter_gradient 256 threads, 0 shared, 80 registers, 3 blocks;
         adapter_gradient_sum 256 threads, 0 shared, 40 registers, 6 blocks;
-    // Two blocks of heads of 128 fill the shared memory of an SM: up to 255 registers cost no block. The forward pass
-    // does without; the gradient of the queries keeps the fragments of q and of dout beside its sums.
     }
+    // Two blocks of heads of 128 fill the shared memory of an SM: with 128 threads each, up to 255 registers cost no
+    // block. The gradient of the queries takes them for the fragments of q and of dout beside its sums.
     "attention.cu" {
         attention_64 128 threads, 32768 shared, 128 registers, 4 blocks;
         attention_128 128 threads, 65536 shared, 168 registers, 2 blocks;
+        attention_padded 128 threads, 65536 shared, 232 registers, 2 blocks;
     }
     "attention_any.cu" {
         attention_any_8 128 threads, 17408 shared, 128 registers, 4 blocks;
@@ -92,8 +93,10 @@ kernels! {
     "attention_backward.cu" {
         attention_dkv_64 256 threads, 66560 shared, 128 registers, 2 blocks;
         attention_dkv_128 256 threads, 74240 shared, 128 registers, 2 blocks;
+        attention_dkv_padded 256 threads, 74240 shared, 168 registers, 1 blocks;
         attention_dq_64 128 threads, 32768 shared, 168 registers, 3 blocks;
-        attention_dq_128 128 threads, 65536 shared, 240 registers, 2 blocks;
+        attention_dq_128 128 threads, 65536 shared, 232 registers, 2 blocks;
+        attention_dq_padded 128 threads, 65536 shared, 232 registers, 2 blocks;
     }
     "cached_attention.cu" {
         cached_attention_8 128 threads, 0 shared, 96 registers, 5 blocks;

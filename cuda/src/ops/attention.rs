@@ -1,4 +1,5 @@
-//! Causal attention of `attention.cu`, `attention_backward.cu` and, for other widths of a head, `attention_any.cu`.
+//! Causal attention of `attention.cu` and `attention_backward.cu`, for heads that are 64 wide or a multiple of 8 from 72 to
+//! 128, and of `attention_any.cu` for all others.
 
 use super::Operation;
 use crate::error::Error;
@@ -120,6 +121,9 @@ impl Shape {
         match self.head_dim {
             64 => tiled(&k::attention_64, &k::attention_dkv_64, &k::attention_dq_64),
             128 => tiled(&k::attention_128, &k::attention_dkv_128, &k::attention_dq_128),
+            72..128 if self.head_dim.is_multiple_of(8) => {
+                tiled(&k::attention_padded, &k::attention_dkv_padded, &k::attention_dq_padded)
+            }
             d if d.is_multiple_of(8) => {
                 any(&k::attention_any_8, &k::attention_any_dkv_8, &k::attention_any_dq_8)
             }

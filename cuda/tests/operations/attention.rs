@@ -218,15 +218,19 @@ fn heads_of_64_and_128_are_those_of_double_precision() {
     }
 }
 
+/// Filled up to a tile; and without tiles.
 #[test]
 fn other_widths_are_those_of_double_precision() {
+    for (head_dim, heads, kv_heads) in [(72, 2, 1), (80, 2, 2), (96, 1, 1), (120, 2, 1)] {
+        case(&[17, 0, 1, 40], heads, kv_heads, head_dim).check();
+    }
     for (head_dim, heads, kv_heads) in
-        [(4, 2, 1), (5, 3, 3), (16, 14, 2), (80, 2, 2), (96, 4, 1), (256, 1, 1)]
+        [(1, 2, 1), (4, 2, 1), (5, 3, 3), (16, 14, 2), (136, 4, 1), (256, 1, 1), (512, 1, 1)]
     {
         case(&[17, 0, 1, 40], heads, kv_heads, head_dim).check();
     }
+    case(&[130, 65], 1, 1, 80).check();
     case(&[130, 65], 1, 1, 16).check();
-    case(&[64], 2, 1, 80).check();
 }
 
 /// Query heads share a head of keys, whose gradient is the sum over them.
@@ -269,7 +273,7 @@ fn many_examples_are_found() {
 #[test]
 fn a_result_is_a_function_of_its_example() {
     let length = 70;
-    for (head_dim, window) in [(64, None), (128, None), (128, Some(16)), (80, None)] {
+    for (head_dim, window) in [(64, None), (128, Some(16)), (80, None), (16, Some(16))] {
         let alone = Case { window, ..case(&[length], 2, 1, head_dim) };
         let x = alone.inputs();
         for (before, behind) in [(3, 0), (65, 20)] {
