@@ -532,6 +532,21 @@ impl Backend for Cuda {
         done(rms_norm::rms_norm(shape, x.activation(), weight.float(), y.activation_mut()));
     }
 
+    fn add_rms_norm(
+        &self,
+        rows: usize,
+        cols: usize,
+        delta: &CudaTensor,
+        x: &mut CudaTensor,
+        weight: &CudaTensor,
+        epsilon: f64,
+        y: &mut CudaTensor,
+    ) {
+        let shape = rms_norm::Shape { rows, cols, epsilon: epsilon as f32 };
+        let (delta, x, y) = (delta.activation(), x.activation_mut(), y.activation_mut());
+        done(rms_norm::rms_norm_residual(shape, x, delta, weight.float(), y));
+    }
+
     fn rms_norm_backward(
         &self,
         rows: usize,

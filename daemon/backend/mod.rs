@@ -265,6 +265,20 @@ pub trait Backend {
         epsilon: f64,
         y: &mut Self::Tensor,
     );
+    /// `x += delta`, then [`Backend::rms_norm`] of x: the same bits as the two operations, the sum read once.
+    fn add_rms_norm(
+        &self,
+        rows: usize,
+        cols: usize,
+        delta: &Self::Tensor,
+        x: &mut Self::Tensor,
+        weight: &Self::Tensor,
+        epsilon: f64,
+        y: &mut Self::Tensor,
+    ) {
+        self.add(rows * cols, delta, x);
+        self.rms_norm(rows, cols, x, weight, epsilon, y);
+    }
     /// With s = 1/√(mean(x²) + ε) and g = dy·w: `dx = s·g − x·s³·mean(g·x)`; `+=` when `accumulate`.
     fn rms_norm_backward(
         &self,

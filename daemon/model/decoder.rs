@@ -423,9 +423,10 @@ impl<B: Backend> Decoder<B> {
         }
         let mut output = [projection!(Module::O, Some(&mut kept.middle), down_o)];
         b.linear(batch, c.heads * d, &kept.attention, &mut output);
-        b.add(tokens * h, &work.hidden[from], &mut kept.middle);
 
-        b.rms_norm(tokens, h, &kept.middle, &w.post_attention_norm, c.rms_norm_eps, &mut work.normed);
+        let (middle, normed) = (&mut kept.middle, &mut work.normed);
+        let epsilon = c.rms_norm_eps;
+        b.add_rms_norm(tokens, h, &work.hidden[from], middle, &w.post_attention_norm, epsilon, normed);
         let mut group = [
             projection!(Module::Gate, Some(&mut kept.gate), down_gate),
             projection!(Module::Up, Some(&mut kept.up), down_up),
