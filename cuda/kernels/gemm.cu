@@ -23,11 +23,11 @@ __device__ __forceinline__ void copy_right(shared<bf16> to, const Part& part, u3
         copy_tile<T::N, CHUNKS, T::THREADS>(to, part.right, n0, k, part.columns, part.depth, part.depth);
 }
 
-template <typename T, bool NN, bool SUM, typename Out>
+template <typename T, bool NN, bool SUM, typename Out, bool MAKES>
 __device__ __forceinline__ void tiled(const Group& group) {
-    product<T, NN, SUM, Out, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
-        constexpr u32 STAGES = T::STAGES;
-        const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
+    constexpr u32 STAGES = T::STAGES;
+    const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
+    auto main_loop = [&](Accumulators<T>& acc, auto& down, u32 first, u32 tiles, u32 m0, u32 n0) {
         auto ask = [&](u32 tile) {
             if (tile < tiles) {
                 const Position<SUM> at(group, first, tile);
@@ -35,6 +35,7 @@ __device__ __forceinline__ void tiled(const Group& group) {
                 const u32 stage = tile % STAGES;
                 copy_left<T>(left + stage * T::LEFT, part, group.m, m0, at.k);
                 copy_right<T, NN>(right + stage * T::RIGHT, part, n0, at.k);
+                if constexpr (MAKES) down.copy(stage, part, at.k);
             }
             cp_async_commit();
         };
@@ -45,10 +46,15 @@ __device__ __forceinline__ void tiled(const Group& group) {
             __syncthreads();
             ask(tile + STAGES - 1);  // to where the tile was that all have left behind
             const u32 stage = tile % STAGES;
-            multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + stage * T::RIGHT);
+            multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + stage * T::RIGHT, down, stage);
+            finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
         cp_async_wait<0>();
-    });
+    };
+    if constexpr (MAKES)
+        product<T, NN, SUM, Out, true>(group, Resident<T, NN, SUM>(right + STAGES * T::RIGHT), main_loop);
+    else
+        product<T, NN, SUM, Out, true>(group, Made{}, main_loop);
 }
 
 // Eight elements of a row of a matrix [rows, width] with rows `stride` apart, 0 outside of it.
@@ -67,7 +73,7 @@ __device__ __forceinline__ vec<bf16, 8> load_piece(global<const bf16> x, u32 row
 template <bool NN, bool SUM, typename Out>
 __device__ __forceinline__ void general(const Group& group) {
     typedef Medium T;
-    product<T, NN, SUM, Out, false>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
+    product<T, NN, SUM, Out, false>(group, Made{}, [&](Accumulators<T>& acc, Made& down, u32 first, u32 tiles, u32 m0, u32 n0) {
         constexpr u32 CHUNKS = right_chunks<T, NN>();
         const shared<bf16> left = static_shared<bf16, T::LEFT, 0>(), right = static_shared<bf16, T::RIGHT, 1>();
         for (u32 tile = 0; tile < tiles; tile++) {
@@ -85,7 +91,7 @@ __device__ __forceinline__ void general(const Group& group) {
                 store_shared(right + swizzled<CHUNKS>(row, chunk), load_piece(part.right, y, x, rows, width, width));
             }
             __syncthreads();
-            multiply_tile<T, NN>(acc, left, right);
+            multiply_tile<T, NN>(acc, left, right, down, 0);
             __syncthreads();
         }
     });
@@ -96,16 +102,22 @@ __device__ __forceinline__ void general(const Group& group) {
         BODY(group);                                                                                          \
     }                                                                                                         \
     ENTRY(name)
-PRODUCT(gemm_nt_128x128, Large, 2, (tiled<Large, false, false, bf16>))
-PRODUCT(gemm_nt_64x64, Medium, 4, (tiled<Medium, false, false, bf16>))
-PRODUCT(gemm_nt_32x64, Small, 4, (tiled<Small, false, false, bf16>))
-PRODUCT(gemm_nt_f32_128x128, Large, 2, (tiled<Large, false, false, float>))
-PRODUCT(gemm_nt_f32_32x64, Small, 4, (tiled<Small, false, false, float>))
-PRODUCT(gemm_nn_128x128, Large, 2, (tiled<Large, true, true, bf16>))
-PRODUCT(gemm_nn_64x64, Medium, 4, (tiled<Medium, true, true, bf16>))
-PRODUCT(gemm_nn_32x64, Small, 4, (tiled<Small, true, true, bf16>))
-PRODUCT(gemm_nt_64x16, Narrow, 4, (tiled<Narrow, false, false, bf16>))
-PRODUCT(gemm_nn_64x16, Narrow, 4, (tiled<Narrow, true, false, bf16>))
+PRODUCT(gemm_nt_128x128, Large, 2, (tiled<Large, false, false, bf16, false>))
+PRODUCT(gemm_nt_64x64, Medium, 4, (tiled<Medium, false, false, bf16, false>))
+PRODUCT(gemm_nt_32x64, Small, 4, (tiled<Small, false, false, bf16, false>))
+PRODUCT(gemm_nt_f32_128x128, Large, 2, (tiled<Large, false, false, float, false>))
+PRODUCT(gemm_nt_f32_32x64, Small, 4, (tiled<Small, false, false, float, false>))
+PRODUCT(gemm_nn_128x128, Large, 2, (tiled<Large, true, true, bf16, false>))
+PRODUCT(gemm_nn_64x64, Medium, 4, (tiled<Medium, true, true, bf16, false>))
+PRODUCT(gemm_nn_32x64, Small, 4, (tiled<Small, true, true, bf16, false>))
+PRODUCT(gemm_nt_64x16, Narrow, 4, (tiled<Narrow, false, false, bf16, false>))
+PRODUCT(gemm_nn_64x16, Narrow, 4, (tiled<Narrow, true, false, bf16, false>))
+PRODUCT(gemm_nt_lora_128x128, Large, 2, (tiled<Large, false, false, bf16, true>))
+PRODUCT(gemm_nt_lora_64x64, Medium, 4, (tiled<Medium, false, false, bf16, true>))
+PRODUCT(gemm_nt_lora_32x64, Small, 4, (tiled<Small, false, false, bf16, true>))
+PRODUCT(gemm_nn_lora_128x128, Large, 2, (tiled<Large, true, true, bf16, true>))
+PRODUCT(gemm_nn_lora_64x64, Medium, 4, (tiled<Medium, true, true, bf16, true>))
+PRODUCT(gemm_nn_lora_32x64, Small, 4, (tiled<Small, true, true, bf16, true>))
 PRODUCT(gemm_nt_general, Medium, 4, (general<false, false, bf16>))
 PRODUCT(gemm_nt_f32_general, Medium, 4, (general<false, false, float>))
 PRODUCT(gemm_nn_general, Medium, 4, (general<true, true, bf16>))

@@ -24,6 +24,8 @@ struct Part {
     global<const float> bias;  // [columns] or null
     global<const bf16> down;   // [m, rank]
     global<const bf16> up;     // NT [columns, rank], NN [rank, columns]
+    global<const bf16> narrow;  // for the kernels that make `down` themselves: NT [rank, depth], NN [depth, rank]
+    global<bf16> made;          // and where it goes, [m, rank]
     global<bf16> out;          // [m, columns], rows out_stride apart; float for the kernels that say so
     u64 threshold;             // of dropout: p·2³², 0 when there is none
     u32 left_stride, depth, columns, rank;
@@ -33,6 +35,8 @@ struct Part {
     u32 row_blocks;  // blocks of scales of a row of the weight
     u32 module;
     float scale, keep;
+    float made_scale;
+    u32 padding;
 };
 
 constexpr u32 MOST_PARTS = 3;
@@ -99,10 +103,128 @@ struct Place {
           lane(threadIdx.x % WARP) {}
 };
 
-// acc += left·right over one tile of DEPTH. The places of all fragments follow from that of the first: eight rows further the
-// rotation is the same, and the bits of a piece's number that differ are flipped through it.
-template <typename T, bool NN>
-__device__ __forceinline__ void multiply_tile(Accumulators<T>& acc, shared<bf16> left, shared<bf16> right) {
+// Asks for ROWS rows of CHUNKS pieces of a row-major matrix [rows, width], from (row, column) on.
+template <u32 ROWS, u32 CHUNKS, u32 THREADS>
+__device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> x, u32 row, u32 column, u32 rows, u32 width,
+                                          u32 stride) {
+    constexpr u32 APART = THREADS / CHUNKS;  // rows of one copy
+    static_assert(APART % 8 == 0, "a thread's rows are rotated alike");
+    const u32 first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    if (APART > ROWS && first >= ROWS) return;
+    row += first, column += 8 * chunk;
+    to += swizzled<CHUNKS>(first, chunk);
+    x += u64(row) * stride + column;
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i += APART)
+        cp_async<16>(to + i * CHUNKS * 8, x + u64(i) * stride, row + i < rows && column < width);
+}
+
+// Two neighbours of a row.
+template <typename Out>
+__device__ __forceinline__ void store_pair(global<Out> row, u32 column, u32 columns, bool even, float x, float y) {
+    const float pair[2] = {x, y};
+    if (even) {
+        if (column < columns) store_run<2>(row + column, pair);
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        const float one[1] = {pair[i]};
+        if (column + i < columns) store_run<1>(row + (column + i), one);
+    }
+}
+
+// ── The down product on the resident tile ──
+
+// U or G of the rows of a block: a tile of 16 columns beside those of the main product, on the fragments of the left operand
+// that are in registers anyway. Of the warps side by side, w takes 8 columns and OWN of the fragments. It is made in every block
+// of a row of tiles, the same bits each time, and stored by the first.
+constexpr u32 WIDTH = 16;
+constexpr u32 NARROW = WIDTH * DEPTH;  // elements of a tile
+
+template <typename T, bool NN, bool SUM>
+struct Resident {
+    static constexpr bool MADE = true;
+    static constexpr u32 OWN = T::MI * 2 / T::ACROSS, SLOTS = SUM ? MOST_PARTS : 1;
+    static_assert(OWN * T::ACROSS == T::MI * 2 && (T::ACROSS == 2 || T::ACROSS == 4), "two or four warps share 16 columns");
+    FragmentC u[OWN] = {};
+    shared<bf16> ring;
+    u32 lane, warp_m, side, first;  // its 8 columns, its first fragment
+    u32 upper;                      // all ones when that is not 0
+
+    __device__ __forceinline__ explicit Resident(shared<bf16> ring) : ring(ring) {
+        const Place<T> at;
+        const u32 w = threadIdx.x / WARP % T::ACROSS;
+        lane = at.lane, warp_m = at.warp_m, side = w % 2, first = w / 2 * OWN, upper = 0u - w / 2;
+    }
+
+    __device__ __forceinline__ void copy(u32 stage, const Part& part, u32 k) const {
+        const shared<bf16> to = ring + stage * NARROW;
+        if constexpr (NN)
+            copy_tile<DEPTH, WIDTH / 8, T::THREADS>(to, part.narrow, k, 0, part.depth, part.rank, part.rank);
+        else
+            copy_tile<WIDTH, DEPTH / 8, T::THREADS>(to, part.narrow, 0, k, part.rank, part.depth, part.depth);
+    }
+
+    __device__ __forceinline__ void multiply(const FragmentA (&a)[T::MI], u32 stage, u32 step) {
+        const shared<bf16> tile = ring + stage * NARROW;
+        FragmentB b;
+        if constexpr (NN)
+            ldmatrix<2, true>(b.b, tile + swizzled<WIDTH / 8>(16 * step + lane % 16, side));
+        else
+            ldmatrix<2>(b.b, tile + swizzled<DEPTH / 8>(8 * side + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+        for (u32 f = 0; f < OWN; f++) {
+            FragmentA mine = a[f];
+            if constexpr (OWN < T::MI) {
+                // By bits: a choice between fragments would be one between places in memory.
+#pragma unroll
+                for (u32 e = 0; e < 4; e++) mine.a[e] = (a[f].a[e] & ~upper) | (a[OWN + f].a[e] & upper);
+            }
+            mma_m16n8k16(u[f], mine, b);
+        }
+    }
+
+    __device__ __forceinline__ static shared<bf16> slot(u32 part) {
+        return static_shared<bf16, SLOTS * T::M * WIDTH>() + (SUM ? part : 0) * T::M * WIDTH;
+    }
+
+    // Rounds what was summed, keeps it for the tail of part p and begins anew.
+    __device__ __forceinline__ void finish(const Part& part, u32 p, u32 m, u32 m0, bool stores) {
+        const u32 column = 8 * side + lane % 4 * 2;
+#pragma unroll
+        for (u32 f = 0; f < OWN; f++) {
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                const u32 row = warp_m + 16 * (first + f) + 8 * h + lane / 4;
+                // As store_tile, whose bias is 0.
+                const float x = u[f].c[2 * h] * part.made_scale + 0.0f, y = u[f].c[2 * h + 1] * part.made_scale + 0.0f;
+                store_shared(slot(p) + swizzled<WIDTH / 8>(row, side) + lane % 4 * 2, pack_bf16(x, y));
+                if (stores && m0 + row < m)
+                    store_pair<bf16>(part.made + u64(m0 + row) * part.rank, column, part.rank, part.rank % 2 == 0, x, y);
+            }
+            u[f] = {};
+        }
+    }
+
+    // Of the tail of part p.
+    __device__ __forceinline__ FragmentA fragment(u32 p, u32 i) const {
+        FragmentA a;
+        ldmatrix<4>(a.a, slot(p) + swizzled<WIDTH / 8>(warp_m + 16 * i + lane % 16, lane / 16));
+        return a;
+    }
+};
+
+// It was made before, by a launch of its own.
+struct Made {
+    static constexpr bool MADE = false;
+};
+
+// acc += left·right over one tile of DEPTH, and of the down product. The places of all fragments follow from that of the first:
+// eight rows further the rotation is the same, and the bits of a piece's number that differ are flipped through it.
+template <typename T, bool NN, typename Down>
+__device__ __forceinline__ void multiply_tile(Accumulators<T>& acc, shared<bf16> left, shared<bf16> right, Down& down,
+                                              u32 stage) {
     constexpr u32 CHUNKS = right_chunks<T, NN>();
     const Place<T> at;
     const u32 lane = at.lane;
@@ -127,6 +249,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators<T>& acc, shared<bf16>
                 mma_m16n8k16(acc[i][j + 1], a[i], FragmentB{{b[2], b[3]}});
             }
         }
+        if constexpr (Down::MADE) down.multiply(a, stage, step);
     }
 }
 
@@ -225,8 +348,10 @@ __device__ __forceinline__ void drop(FragmentC& c, const Group& group, const Par
 }
 
 // acc += down·up of one part. With dropout the product goes through the mask first, in an accumulator of its own.
-template <typename T, bool NN, bool QUADS>
-__device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& group, const Part& part, u32 m0, u32 n0) {
+// fragment(i, k) is the fragment of `down` in row i of the warp's.
+template <typename T, bool NN, bool QUADS, typename F>
+__device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& group, const Part& part, u32 m0, u32 n0,
+                                         F fragment) {
     const Place<T> at;
     if (NN && part.threshold != 0) {
 #pragma unroll
@@ -238,7 +363,7 @@ __device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& grou
                 const u32 column = n0 + at.warp_n + 8 * j;
                 FragmentC own = {};
                 for (u32 k = 0; k < part.rank; k += 16)
-                    mma_m16n8k16(own, down_fragment(part, group.m, row, k), up_fragment<NN>(part, column, k));
+                    mma_m16n8k16(own, fragment(i, k), up_fragment<NN>(part, column, k));
                 drop<QUADS>(own, group, part, token, mine, column + at.lane % 4 * 2);
 #pragma unroll
                 for (u32 e = 0; e < 4; e++) acc[i][j].c[e] += own.c[e];
@@ -249,7 +374,7 @@ __device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& grou
     for (u32 k = 0; k < part.rank; k += 16) {
         FragmentA a[T::MI];
 #pragma unroll
-        for (u32 i = 0; i < T::MI; i++) a[i] = down_fragment(part, group.m, m0 + at.warp_m + 16 * i, k);
+        for (u32 i = 0; i < T::MI; i++) a[i] = fragment(i, k);
 #pragma unroll
         for (u32 j = 0; j < T::NI; j++) {
             const FragmentB b = up_fragment<NN>(part, n0 + at.warp_n + 8 * j, k);
@@ -260,21 +385,6 @@ __device__ __forceinline__ void add_tail(Accumulators<T>& acc, const Group& grou
 }
 
 // ── Epilogue ──
-
-// Two neighbours of a row.
-template <typename Out>
-__device__ __forceinline__ void store_pair(global<Out> row, u32 column, u32 columns, bool even, float x, float y) {
-    const float pair[2] = {x, y};
-    if (even) {
-        if (column < columns) store_run<2>(row + column, pair);
-        return;
-    }
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-        const float one[1] = {pair[i]};
-        if (column + i < columns) store_run<1>(row + (column + i), one);
-    }
-}
 
 // out = (acc·scale + bias), rounded once.
 template <typename T, typename Out>
@@ -334,22 +444,6 @@ struct Position {
     }
 };
 
-// Asks for ROWS rows of CHUNKS pieces of a row-major matrix [rows, width], from (row, column) on.
-template <u32 ROWS, u32 CHUNKS, u32 THREADS>
-__device__ __forceinline__ void copy_tile(shared<bf16> to, global<const bf16> x, u32 row, u32 column, u32 rows, u32 width,
-                                          u32 stride) {
-    constexpr u32 APART = THREADS / CHUNKS;  // rows of one copy
-    static_assert(APART % 8 == 0, "a thread's rows are rotated alike");
-    const u32 first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    if (APART > ROWS && first >= ROWS) return;
-    row += first, column += 8 * chunk;
-    to += swizzled<CHUNKS>(first, chunk);
-    x += u64(row) * stride + column;
-#pragma unroll
-    for (u32 i = 0; i < ROWS; i += APART)
-        cp_async<16>(to + i * CHUNKS * 8, x + u64(i) * stride, row + i < rows && column < width);
-}
-
 template <typename T>
 __device__ __forceinline__ void copy_left(shared<bf16> to, const Part& part, u32 m, u32 m0, u32 k) {
     copy_tile<T::M, LEFT_CHUNKS, T::THREADS>(to, part.left, m0, k, m, part.depth, part.left_stride);
@@ -357,9 +451,10 @@ __device__ __forceinline__ void copy_left(shared<bf16> to, const Part& part, u32
 
 constexpr u32 BAND = 8;  // tiles of rows that are worked on side by side, so that what they share stays in the second-level cache
 
-// main_loop(acc, first, tiles, m0, n0) sums `tiles` tiles of depth from part `first` on. QUADS: columns are a multiple of 4.
-template <typename T, bool NN, bool SUM, typename Out, bool QUADS, typename Main>
-__device__ __forceinline__ void product(const Group& group, Main main_loop) {
+// main_loop(acc, down, first, tiles, m0, n0) sums `tiles` tiles of depth from part `first` on. Down is Resident or Made. QUADS:
+// columns are a multiple of 4 where there is dropout.
+template <typename T, bool NN, bool SUM, typename Out, bool QUADS, typename Down, typename Main>
+__device__ __forceinline__ void product(const Group& group, Down down, Main main_loop) {
     const u32 m_tiles = (group.m + T::M - 1) / T::M, band = blockIdx.x / (BAND * group.n_tiles);
     const u32 in_band = blockIdx.x % (BAND * group.n_tiles), rows = min(BAND, m_tiles - band * BAND);
     const u32 m0 = (band * BAND + in_band % rows) * T::M, tile = in_band / rows;
@@ -372,7 +467,34 @@ __device__ __forceinline__ void product(const Group& group, Main main_loop) {
     const u32 n0 = (tile - group.parts[first].first_tile) * T::N;
     Accumulators<T> acc = {};
     const u32 tiles = SUM ? group.steps : (group.parts[first].depth + DEPTH - 1) / DEPTH;
-    main_loop(acc, first, tiles, m0, n0);
-    for (u32 p = first; p < last; p++) add_tail<T, NN, QUADS>(acc, group, group.parts[p], m0, n0);
+    main_loop(acc, down, first, tiles, m0, n0);
+    if constexpr (Down::MADE) __syncthreads();  // what the warps have left for the tail
+    const Place<T> at;
+    for (u32 p = first; p < last; p++) {
+        const Part& part = group.parts[p];
+        add_tail<T, NN, QUADS>(acc, group, part, m0, n0, [&](u32 i, u32 k) {
+            if constexpr (Down::MADE)
+                return down.fragment(p, i);
+            else
+                return down_fragment(part, group.m, m0 + at.warp_m + 16 * i, k);
+        });
+    }
     store_tile<T, Out>(acc, group.parts[first], group.m, m0, n0);
+}
+
+// Whether a part ends with this tile: then its down product is complete.
+template <bool SUM>
+__device__ __forceinline__ bool ends(const Group& group, u32 first, u32 tile, u32 tiles) {
+    if (tile + 1 == tiles) return true;
+    return SUM && Position<SUM>(group, first, tile).part != Position<SUM>(group, first, tile + 1).part;
+}
+
+// After tile `tile`: hands over the down product of a part that ends with it.
+template <bool SUM, typename Down>
+__device__ __forceinline__ void finish(Down& down, const Group& group, u32 first, u32 tile, u32 tiles, u32 m0, u32 n0) {
+    if constexpr (Down::MADE) {
+        if (!ends<SUM>(group, first, tile, tiles)) return;
+        const u32 p = Position<SUM>(group, first, tile).part;
+        if (group.parts[p].rank > 0) down.finish(group.parts[p], p, group.m, m0, n0 == 0);
+    }
 }

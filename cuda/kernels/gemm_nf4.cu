@@ -47,18 +47,19 @@ struct Unit {
     }
 };
 
-template <typename T, bool NN, bool SUM>
+template <typename T, bool NN, bool SUM, bool MAKES>
 __device__ __forceinline__ void fused(const Group& group) {
     static_assert(T::THREADS / WARP * PANEL * UNIT == T::RIGHT, "a warp has a unit of every tile");
     static_assert(DEPTH == PANEL, "a tile of NN is one panel deep");
     const shared<float> table = static_shared<float, 16>();
     if (threadIdx.x < 16) store_shared(table + threadIdx.x, NF4_CODES[threadIdx.x]);
     __syncthreads();
-    product<T, NN, SUM, bf16, true>(group, [&](Accumulators<T>& acc, u32 first, u32 tiles, u32 m0, u32 n0) {
-        constexpr u32 STAGES = T::STAGES;
-        constexpr u32 CODES = T::THREADS * UNIT / 2;  // bytes of a tile: 8 a thread
-        const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
-        const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);
+    constexpr u32 STAGES = T::STAGES;
+    constexpr u32 CODES = T::THREADS * UNIT / 2;  // bytes of a tile: 8 a thread
+    const shared<bf16> left = shared_cast<bf16>(dynamic_shared()), right = left + STAGES * T::LEFT;
+    const shared<bf16> beside = right + 2 * T::RIGHT + STAGES * CODES / 2;
+    const shared<u8> codes = shared_cast<u8>(right + 2 * T::RIGHT) + threadIdx.x * (UNIT / 2);
+    auto main_loop = [&](Accumulators<T>& acc, auto& down, u32 first, u32 tiles, u32 m0, u32 n0) {
         const Unit<NN> unit;
         const u32 lane = threadIdx.x % WARP;
         // Of this lane's row in a tile of bf16; its second half is the piece beside it.
@@ -77,6 +78,7 @@ __device__ __forceinline__ void fused(const Group& group) {
                 cp_async<8>(codes + stage * CODES,
                             part.packed + (unit_at(o / PANEL, i / UNIT, inputs) + lane * (UNIT / 2)),
                             o < outputs && i < inputs);
+                if constexpr (MAKES) down.copy(stage, part, at.k);
             }
             cp_async_commit();
         };
@@ -116,20 +118,32 @@ __device__ __forceinline__ void fused(const Group& group) {
             __syncthreads();
             ask(tile + STAGES - 1);
             dequantize(tile + 1);
-            multiply_tile<T, NN>(acc, left + tile % STAGES * T::LEFT, right + tile % 2 * T::RIGHT);
+            const u32 stage = tile % STAGES;
+            multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + tile % 2 * T::RIGHT, down, stage);
+            finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
         cp_async_wait<0>();
-    });
+    };
+    if constexpr (MAKES)
+        product<T, NN, SUM, bf16, true>(group, Resident<T, NN, SUM>(beside), main_loop);
+    else
+        product<T, NN, SUM, bf16, true>(group, Made{}, main_loop);
 }
 
-#define PRODUCT(name, T, BLOCKS, NN, SUM)                                                                        \
+#define PRODUCT(name, T, BLOCKS, BODY)                                                                           \
     extern "C" __global__ void __launch_bounds__(T::THREADS, BLOCKS) name(const __grid_constant__ Group group) { \
-        fused<T, NN, SUM>(group);                                                                                \
+        BODY(group);                                                                                             \
     }                                                                                                            \
     ENTRY(name)
-PRODUCT(gemm_nf4_nt_128x128, Large, 2, false, false)
-PRODUCT(gemm_nf4_nt_64x64, Medium, 4, false, false)
-PRODUCT(gemm_nf4_nt_32x64, Small, 4, false, false)
-PRODUCT(gemm_nf4_nn_128x128, Large, 2, true, true)
-PRODUCT(gemm_nf4_nn_64x64, Medium, 4, true, true)
-PRODUCT(gemm_nf4_nn_32x64, Small, 4, true, true)
+PRODUCT(gemm_nf4_nt_128x128, Large, 2, (fused<Large, false, false, false>))
+PRODUCT(gemm_nf4_nt_64x64, Medium, 4, (fused<Medium, false, false, false>))
+PRODUCT(gemm_nf4_nt_32x64, Small, 4, (fused<Small, false, false, false>))
+PRODUCT(gemm_nf4_nn_128x128, Large, 2, (fused<Large, true, true, false>))
+PRODUCT(gemm_nf4_nn_64x64, Medium, 4, (fused<Medium, true, true, false>))
+PRODUCT(gemm_nf4_nn_32x64, Small, 4, (fused<Small, true, true, false>))
+PRODUCT(gemm_nf4_nt_lora_128x128, Large, 2, (fused<Large, false, false, true>))
+PRODUCT(gemm_nf4_nt_lora_64x64, Medium, 4, (fused<Medium, false, false, true>))
+PRODUCT(gemm_nf4_nt_lora_32x64, Small, 4, (fused<Small, false, false, true>))
+PRODUCT(gemm_nf4_nn_lora_128x128, Large, 2, (fused<Large, true, true, true>))
+PRODUCT(gemm_nf4_nn_lora_64x64, Medium, 4, (fused<Medium, true, true, true>))
+PRODUCT(gemm_nf4_nn_lora_32x64, Small, 4, (fused<Small, true, true, true>))

@@ -119,15 +119,21 @@ kernels! {
     }
     "gemm.cu" {
         gemm_nt_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
-        gemm_nt_64x64 128 threads, 32768 shared, 128 registers, 4 blocks;
-        gemm_nt_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
+        gemm_nt_64x64 128 threads, 32768 shared, 104 registers, 4 blocks;
+        gemm_nt_32x64 128 threads, 24576 shared, 80 registers, 6 blocks;
         gemm_nt_f32_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
-        gemm_nt_f32_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
+        gemm_nt_f32_32x64 128 threads, 24576 shared, 80 registers, 6 blocks;
         gemm_nn_128x128 256 threads, 65536 shared, 128 registers, 2 blocks;
-        gemm_nn_64x64 128 threads, 32768 shared, 128 registers, 4 blocks;
-        gemm_nn_32x64 128 threads, 24576 shared, 128 registers, 4 blocks;
-        gemm_nt_64x16 128 threads, 40960 shared, 80 registers, 4 blocks;
-        gemm_nn_64x16 128 threads, 40960 shared, 80 registers, 4 blocks;
+        gemm_nn_64x64 128 threads, 32768 shared, 104 registers, 4 blocks;
+        gemm_nn_32x64 128 threads, 24576 shared, 80 registers, 6 blocks;
+        gemm_nt_lora_128x128 256 threads, 69632 shared, 128 registers, 2 blocks;
+        gemm_nt_lora_64x64 128 threads, 36864 shared, 120 registers, 4 blocks;
+        gemm_nt_lora_32x64 128 threads, 28672 shared, 88 registers, 5 blocks;
+        gemm_nn_lora_128x128 256 threads, 69632 shared, 128 registers, 2 blocks;
+        gemm_nn_lora_64x64 128 threads, 36864 shared, 120 registers, 3 blocks;
+        gemm_nn_lora_32x64 128 threads, 28672 shared, 88 registers, 5 blocks;
+        gemm_nt_64x16 128 threads, 40960 shared, 64 registers, 4 blocks;
+        gemm_nn_64x16 128 threads, 40960 shared, 64 registers, 4 blocks;
         gemm_nt_general 128 threads, 0 shared, 128 registers, 4 blocks;
         gemm_nt_f32_general 128 threads, 0 shared, 128 registers, 4 blocks;
         gemm_nn_general 128 threads, 0 shared, 128 registers, 4 blocks;
@@ -135,11 +141,17 @@ kernels! {
     }
     "gemm_nf4.cu" {
         gemm_nf4_nt_128x128 256 threads, 57344 shared, 128 registers, 2 blocks;
-        gemm_nf4_nt_64x64 128 threads, 28672 shared, 128 registers, 4 blocks;
-        gemm_nf4_nt_32x64 128 threads, 20480 shared, 128 registers, 4 blocks;
+        gemm_nf4_nt_64x64 128 threads, 28672 shared, 104 registers, 4 blocks;
+        gemm_nf4_nt_32x64 128 threads, 20480 shared, 80 registers, 6 blocks;
         gemm_nf4_nn_128x128 256 threads, 57344 shared, 128 registers, 2 blocks;
-        gemm_nf4_nn_64x64 128 threads, 28672 shared, 128 registers, 4 blocks;
-        gemm_nf4_nn_32x64 128 threads, 20480 shared, 128 registers, 4 blocks;
+        gemm_nf4_nn_64x64 128 threads, 28672 shared, 104 registers, 4 blocks;
+        gemm_nf4_nn_32x64 128 threads, 20480 shared, 80 registers, 6 blocks;
+        gemm_nf4_nt_lora_128x128 256 threads, 61440 shared, 128 registers, 2 blocks;
+        gemm_nf4_nt_lora_64x64 128 threads, 32768 shared, 120 registers, 4 blocks;
+        gemm_nf4_nt_lora_32x64 128 threads, 24576 shared, 88 registers, 5 blocks;
+        gemm_nf4_nn_lora_128x128 256 threads, 61440 shared, 128 registers, 2 blocks;
+        gemm_nf4_nn_lora_64x64 128 threads, 32768 shared, 120 registers, 4 blocks;
+        gemm_nf4_nn_lora_32x64 128 threads, 24576 shared, 88 registers, 5 blocks;
     }
     "gemm_pack.cu" {
         gemm_pack 256 threads, 0 shared, 40 registers, 6 blocks;

@@ -418,6 +418,67 @@ pub static GRADIENT_NF4: [Row; 4] = [
     row(1024, 128, 128, &kernels::gemm_nf4_nn_128x128, DERIVED_FUSED),
     row(ALL, 128, 128, &kernels::gemm_nn_128x128, DERIVED_FUSED),
 ];
+/// [`FORWARD`] with the down products beside it.
+pub static FORWARD_LORA: [Row; 3] = [
+    row(32, 32, 64, &kernels::gemm_nt_lora_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nt_lora_64x64, DERIVED_MEDIUM),
+    row(ALL, 128, 128, &kernels::gemm_nt_lora_128x128, DERIVED_LARGE),
+];
+/// [`FORWARD_NF4`] with the down products beside it.
+pub static FORWARD_NF4_LORA: [Row; 4] = [
+    row(32, 32, 64, &kernels::gemm_nf4_nt_lora_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nf4_nt_lora_64x64, DERIVED_MEDIUM),
+    row(1024, 128, 128, &kernels::gemm_nf4_nt_lora_128x128, DERIVED_FUSED),
+    row(ALL, 128, 128, &kernels::gemm_nt_lora_128x128, DERIVED_FUSED),
+];
+/// [`GRADIENT`] with the down products beside it.
+pub static GRADIENT_LORA: [Row; 3] = [
+    row(32, 32, 64, &kernels::gemm_nn_lora_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nn_lora_64x64, DERIVED_MEDIUM),
+    row(ALL, 128, 128, &kernels::gemm_nn_lora_128x128, DERIVED_LARGE),
+];
+/// [`GRADIENT_NF4`] with the down products beside it.
+pub static GRADIENT_NF4_LORA: [Row; 4] = [
+    row(32, 32, 64, &kernels::gemm_nf4_nn_lora_32x64, DERIVED_SMALL),
+    row(256, 64, 64, &kernels::gemm_nf4_nn_lora_64x64, DERIVED_MEDIUM),
+    row(1024, 128, 128, &kernels::gemm_nf4_nn_lora_128x128, DERIVED_FUSED),
+    row(ALL, 128, 128, &kernels::gemm_nn_lora_128x128, DERIVED_FUSED),
+];
+
+/// A place for the down products: beside the main product, for groups of up to so many rows and columns.
+struct Beside {
+    rows: usize,
+    columns: usize,
+    #[allow(dead_code)] // for whoever reads the table
+    provenance: Provenance,
+}
+
+/// When the down products are made beside the main one; otherwise by a launch of their own.
+static BESIDE: [Beside; 2] = [
+    Beside {
+        rows: 64,
+        columns: ALL,
+        provenance: Provenance::Derived {
+            from: "the main product waits for W; a launch of its own would take 64 dependent tiles of some 0.1 µs for 2048 inputs",
+        },
+    },
+    Beside {
+        rows: ALL,
+        columns: 1536,
+        provenance: Provenance::Derived {
+            from: "16 columns beside 128 are 12.5 % of the main product in every block; reading X once more is 188/columns of it \
+                   (32 TFLOP/s, 170 GB/s: 75 % and 83 % of an Orin in MAXN)",
+        },
+    },
+];
+
+/// Rank that the kernels with the down products beside them have room for (`WIDTH` in `gemm.cuh`).
+const WIDTH: usize = 16;
+
+fn is_beside(row: &Row) -> bool {
+    row.kernel.name.contains("_lora_")
+}
+
 /// h·Wᵀ in fp32.
 pub static LOGITS: [Row; 2] = [
     row(32, 32, 64, &kernels::gemm_nt_f32_32x64, DERIVED_SMALL),
@@ -455,6 +516,8 @@ struct RawPart {
     bias: u64,
     down: u64,
     up: u64,
+    narrow: u64,
+    made: u64,
     out: u64,
     threshold: u64,
     left_stride: u32,
@@ -469,6 +532,8 @@ struct RawPart {
     module: u32,
     scale: f32,
     keep: f32,
+    made_scale: f32,
+    padding: u32,
 }
 
 /// `Group` of `gemm.cuh`.
@@ -579,6 +644,28 @@ fn operands<'a>(
 }
 
 impl Product {
+    /// Sets the adapter of a part: `up` comes after `down`, which was made of `narrow`, or is made beside the product.
+    fn adapter(
+        &mut self,
+        row: &Row,
+        part: &mut RawPart,
+        up: &Buffer<bf16>,
+        narrow: &Buffer<bf16>,
+        down: &mut Buffer<bf16>,
+        rank: usize,
+        scale: f32,
+    ) -> Result<(), Error> {
+        part.rank = self.operation.u32("rank", rank)?;
+        part.up = self.pass(up.input());
+        if is_beside(row) {
+            (part.narrow, part.made) = (self.pass(narrow.input()), self.pass(down.output()));
+            part.made_scale = scale;
+        } else {
+            part.down = self.pass(down.input());
+        }
+        Ok(())
+    }
+
     /// Sets the right operand of the part that was added last.
     fn right(&mut self, matrix: &Matrix, operand: &Operand<'_>) -> Result<(), Error> {
         let at = self.group.count as usize - 1;
@@ -611,6 +698,42 @@ fn choose(
         _ if !aligned => general,
         Some(row) => row,
         None => select(table, device.properties(), m).unwrap_or(general),
+    }
+}
+
+/// What decides between the tables of a product with LoRA.
+struct Adapters {
+    /// Whether there are any, and the kernels have room for them all.
+    fit: bool,
+    m: usize,
+    columns: usize,
+}
+
+impl Adapters {
+    /// Whether the down products are to be made beside the main one.
+    fn beside(&self) -> bool {
+        self.fit && BESIDE.iter().any(|place| self.m <= place.rows && self.columns <= place.columns)
+    }
+
+    /// Refuses a row that was asked for and has no room.
+    fn check(&self, operation: Operation, row: &Row) -> Result<(), Error> {
+        if is_beside(row) && !self.fit {
+            let what =
+                format!("{} takes adapters of up to rank {WIDTH} on the input itself", row.kernel.name);
+            return Err(operation.error(what));
+        }
+        Ok(())
+    }
+}
+
+/// One of the four tables of a product.
+fn table_for(tables: [&'static [Row]; 4], matrices: &[&Matrix], beside: bool) -> &'static [Row] {
+    let [dense, dense_lora, nf4, nf4_lora] = tables;
+    match (matrices.iter().all(|matrix| matrix.fuses()), beside) {
+        (false, false) => dense,
+        (false, true) => dense_lora,
+        (true, false) => nf4,
+        (true, true) => nf4_lora,
     }
 }
 
@@ -668,11 +791,31 @@ pub fn forward_with(
             operation.has("y", y, operation.product(&[m, outputs])?)?;
         }
     }
+    if m == 0 {
+        return Ok(());
+    }
     let device = x.device();
     let aligned = inputs.is_multiple_of(8);
+    let wanted: Vec<usize> = (0..parts.len()).filter(|&i| parts[i].y.is_some()).collect();
+    let matrices: Vec<&Matrix> = wanted.iter().map(|&i| parts[i].weight).collect();
+    let loras = || wanted.iter().filter_map(|&i| parts[i].lora.as_ref());
+    let adapters = Adapters {
+        fit: loras().next().is_some() && loras().all(|lora| lora.rank <= WIDTH && lora.input.is_none()),
+        m,
+        columns: matrices.iter().map(|matrix| matrix.outputs).sum(),
+    };
+    let tables = [&FORWARD[..], &FORWARD_LORA, &FORWARD_NF4, &FORWARD_NF4_LORA];
+    let table = table_for(tables, &matrices, adapters.beside());
+    let row = choose(device, row, table, &FORWARD_GENERAL, aligned, m);
+    adapters.check(operation, row)?;
+    let operands = operands(operation, row, &matrices, scratch)?;
 
     let mut narrow = Product::new(operation, m)?;
-    for lora in parts.iter_mut().filter_map(|part| part.lora.as_mut()) {
+    for part in parts.iter_mut() {
+        let Some(lora) = part.lora.as_mut() else { continue };
+        if is_beside(row) && part.y.is_some() {
+            continue;
+        }
         let left = narrow.pass(lora.input.unwrap_or(x).input());
         let (right, out) = (narrow.pass(lora.a.input()), narrow.pass(lora.down.output()));
         let (depth, rank) = (operation.u32("inputs", inputs)?, operation.u32("rank", lora.rank)?);
@@ -689,36 +832,22 @@ pub fn forward_with(
         };
     }
     narrow.launch(device, if aligned { &DOWN } else { &FORWARD_GENERAL }, false)?;
-
-    let wanted: Vec<usize> = (0..parts.len()).filter(|&i| parts[i].y.is_some()).collect();
-    if wanted.is_empty() || m == 0 {
+    if wanted.is_empty() {
         return Ok(());
     }
-    let matrices: Vec<&Matrix> = wanted.iter().map(|&i| parts[i].weight).collect();
-    let table = if matrices.iter().all(|matrix| matrix.fuses()) { &FORWARD_NF4[..] } else { &FORWARD[..] };
-    let row = choose(device, row, table, &FORWARD_GENERAL, aligned, m);
-    let operands = operands(operation, row, &matrices, scratch)?;
     let mut product = Product::new(operation, m)?;
     let x = product.pass(x.input());
     for (&i, operand) in wanted.iter().zip(&operands) {
         let part = &mut parts[i];
         let (depth, columns) =
             (operation.u32("inputs", inputs)?, operation.u32("outputs", part.weight.outputs)?);
-        let mut raw = RawPart {
-            left: x,
-            left_stride: depth,
-            depth,
-            columns,
-            out_stride: columns,
-            ..RawPart::default()
-        };
-        raw.scale = 1.0;
+        let mut raw = RawPart { left: x, left_stride: depth, depth, columns, ..RawPart::default() };
+        (raw.scale, raw.out_stride) = (1.0, columns);
         if let Some(bias) = part.bias {
             raw.bias = product.pass(bias.input());
         }
-        if let Some(lora) = &part.lora {
-            (raw.down, raw.up) = (product.pass(lora.down.input()), product.pass(lora.b.input()));
-            raw.rank = operation.u32("rank", lora.rank)?;
+        if let Some(lora) = &mut part.lora {
+            product.adapter(row, &mut raw, lora.b, lora.a, lora.down, lora.rank, lora.scale)?;
         }
         if let Some(y) = part.y.as_deref_mut() {
             raw.out = product.pass(y.output());
@@ -741,6 +870,7 @@ pub fn input_gradient_with(
 ) -> Result<(), Error> {
     let operation = Operation("input gradient");
     check_parts(operation, parts.len())?;
+    let mut masked: Option<&Sequences> = None;
     for part in parts.iter() {
         let outputs = part.weight.outputs;
         check_weight(operation, part.weight, inputs)?;
@@ -752,6 +882,10 @@ pub fn input_gradient_with(
             operation.has("gradient of the LoRA", lora.gradient, operation.product(&[m, lora.rank])?)?;
             if let Some(mask) = &lora.dropout {
                 check_mask(operation, mask, m)?;
+                if masked.is_some_and(|other| !std::ptr::eq(other, mask.sequences)) {
+                    return Err(operation.error("masks of different sequences in one group"));
+                }
+                masked = Some(mask.sequences);
             }
         }
     }
@@ -759,56 +893,64 @@ pub fn input_gradient_with(
         return Err(operation.error("a group of no layers has no gradient"));
     };
 
-    let mut narrow = Product::new(operation, m)?;
-    let mut aligned = true;
-    for part in parts.iter_mut() {
-        let Some(lora) = part.lora.as_mut() else { continue };
-        aligned &= part.weight.outputs.is_multiple_of(8) && lora.rank.is_multiple_of(8);
-        let (left, right) = (narrow.pass(part.dy.input()), narrow.pass(lora.b.input()));
-        let out = narrow.pass(lora.gradient.output());
-        let (depth, rank) =
-            (operation.u32("outputs", part.weight.outputs)?, operation.u32("rank", lora.rank)?);
-        *narrow.part() = RawPart {
-            left,
-            right,
-            out,
-            left_stride: depth,
-            depth,
-            columns: rank,
-            out_stride: rank,
-            scale: lora.scale,
-            ..RawPart::default()
-        };
+    if let Some(dx) = &dx {
+        operation.has("dx", dx, operation.product(&[m, inputs])?)?;
     }
-    narrow.launch(&device, if aligned { &DOWN_GRADIENT } else { &NARROW_GENERAL }, false)?;
-
-    let Some(dx) = dx else { return Ok(()) };
-    operation.has("dx", dx, operation.product(&[m, inputs])?)?;
     if m == 0 {
         return Ok(());
     }
     let matrices: Vec<&Matrix> = parts.iter().map(|part| part.weight).collect();
-    let aligned = inputs.is_multiple_of(8) && matrices.iter().all(|matrix| matrix.outputs.is_multiple_of(8));
-    let table = if matrices.iter().all(|matrix| matrix.fuses()) { &GRADIENT_NF4[..] } else { &GRADIENT[..] };
+    let outputs_aligned = matrices.iter().all(|matrix| matrix.outputs.is_multiple_of(8));
+    let ranks = || parts.iter().filter_map(|part| part.lora.as_ref()).map(|lora| lora.rank);
+    let ranks_aligned = ranks().all(|rank| rank.is_multiple_of(8));
+    let adapters = Adapters {
+        fit: ranks().next().is_some() && ranks_aligned && ranks().all(|rank| rank <= WIDTH),
+        m,
+        columns: inputs,
+    };
+    let tables = [&GRADIENT[..], &GRADIENT_LORA, &GRADIENT_NF4, &GRADIENT_NF4_LORA];
+    let table = table_for(tables, &matrices, adapters.beside());
+    let aligned = outputs_aligned && inputs.is_multiple_of(8);
     let row = choose(&device, row, table, &GRADIENT_GENERAL, aligned, m);
-    let operands = operands(operation, row, &matrices, scratch)?;
+    adapters.check(operation, row)?;
+    let operands = dx.as_ref().map(|_| operands(operation, row, &matrices, scratch)).transpose()?;
+
+    if !is_beside(row) || dx.is_none() {
+        let mut narrow = Product::new(operation, m)?;
+        for part in parts.iter_mut() {
+            let Some(lora) = part.lora.as_mut() else { continue };
+            let (left, right) = (narrow.pass(part.dy.input()), narrow.pass(lora.b.input()));
+            let out = narrow.pass(lora.gradient.output());
+            let (depth, rank) =
+                (operation.u32("outputs", part.weight.outputs)?, operation.u32("rank", lora.rank)?);
+            *narrow.part() = RawPart {
+                left,
+                right,
+                out,
+                left_stride: depth,
+                depth,
+                columns: rank,
+                out_stride: rank,
+                scale: lora.scale,
+                ..RawPart::default()
+            };
+        }
+        let tiled = outputs_aligned && ranks_aligned;
+        narrow.launch(&device, if tiled { &DOWN_GRADIENT } else { &NARROW_GENERAL }, false)?;
+    }
+
+    let (Some(dx), Some(operands)) = (dx, operands) else { return Ok(()) };
     let mut product = Product::new(operation, m)?;
-    let mut masked: Option<&Sequences> = None;
     let dx = product.pass(dx.output());
-    for (part, operand) in parts.iter().zip(&operands) {
+    for (part, operand) in parts.iter_mut().zip(&operands) {
         let (depth, columns) =
             (operation.u32("outputs", part.weight.outputs)?, operation.u32("inputs", inputs)?);
         let left = product.pass(part.dy.input());
         let mut raw = RawPart { left, left_stride: depth, depth, columns, out: dx, ..RawPart::default() };
         (raw.scale, raw.out_stride) = (1.0, columns);
-        if let Some(lora) = &part.lora {
-            (raw.down, raw.up) = (product.pass(lora.gradient.input()), product.pass(lora.a.input()));
-            raw.rank = operation.u32("rank", lora.rank)?;
+        if let Some(lora) = &mut part.lora {
+            product.adapter(row, &mut raw, lora.a, lora.b, lora.gradient, lora.rank, lora.scale)?;
             if let Some(mask) = &lora.dropout {
-                if masked.is_some_and(|other| !std::ptr::eq(other, mask.sequences)) {
-                    return Err(operation.error("masks of different sequences in one group"));
-                }
-                masked = Some(mask.sequences);
                 raw.threshold = (mask.probability * 4_294_967_296.0) as u64;
                 raw.keep = (1.0 / (1.0 - mask.probability)) as f32;
                 raw.module = mask.module;
@@ -954,9 +1096,21 @@ mod tests {
     use super::*;
     use crate::tiles::complete;
 
+    const TABLES: [&[Row]; 9] = [
+        &FORWARD,
+        &FORWARD_LORA,
+        &FORWARD_NF4,
+        &FORWARD_NF4_LORA,
+        &GRADIENT,
+        &GRADIENT_LORA,
+        &GRADIENT_NF4,
+        &GRADIENT_NF4_LORA,
+        &LOGITS,
+    ];
+
     #[test]
     fn every_table_has_a_row_for_everything() {
-        for table in [&FORWARD[..], &FORWARD_NF4, &GRADIENT, &GRADIENT_NF4, &LOGITS] {
+        for table in TABLES {
             assert!(complete(table));
         }
     }
@@ -964,8 +1118,7 @@ mod tests {
     /// A row's tile is that of its kernel, which has it in its name.
     #[test]
     fn tiles_are_those_of_the_kernels() {
-        let tables = [&FORWARD[..], &FORWARD_NF4, &GRADIENT, &GRADIENT_NF4, &LOGITS];
-        for row in tables.into_iter().flatten().chain([&DOWN, &DOWN_GRADIENT]) {
+        for row in TABLES.into_iter().flatten().chain([&DOWN, &DOWN_GRADIENT]) {
             let tile = format!("_{}x{}", row.tile_m, row.tile_n);
             assert!(row.kernel.name.ends_with(&tile), "{} in a row of {tile}", row.kernel.name);
         }

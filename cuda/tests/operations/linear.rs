@@ -452,7 +452,10 @@ fn every_path_gives_the_same_bits() {
     let device = simt.device();
     let mut ran = Vec::new();
     let mut first: Option<Outputs> = None;
-    for row in rows(&[&linear::FORWARD_NF4, &linear::FORWARD], &linear::FORWARD_GENERAL) {
+    for row in rows(
+        &[&linear::FORWARD_NF4, &linear::FORWARD, &linear::FORWARD_NF4_LORA, &linear::FORWARD_LORA],
+        &linear::FORWARD_GENERAL,
+    ) {
         let outputs = run_forward(&device, Some(row), m, inputs, &x, None, &data).unwrap();
         for ((name, found), (_, expected)) in outputs.iter().zip(first.as_ref().unwrap_or(&outputs)) {
             same_bits(&format!("{name} of {}", row.kernel.name), found, expected);
@@ -462,7 +465,10 @@ fn every_path_gives_the_same_bits() {
     }
     for dropout in [false, true] {
         let mut first: Option<Outputs> = None;
-        for row in rows(&[&linear::GRADIENT_NF4, &linear::GRADIENT], &linear::GRADIENT_GENERAL) {
+        for row in rows(
+            &[&linear::GRADIENT_NF4, &linear::GRADIENT, &linear::GRADIENT_NF4_LORA, &linear::GRADIENT_LORA],
+            &linear::GRADIENT_GENERAL,
+        ) {
             let sequences = dropout.then(|| sequences(&device, &[30, 40], 0));
             let outputs = run_gradient(&device, Some(row), m, inputs, sequences.as_ref(), &data).unwrap();
             for ((name, found), (_, expected)) in outputs.iter().zip(first.as_ref().unwrap_or(&outputs)) {
@@ -526,29 +532,42 @@ fn a_product_reads_its_operands_once_and_without_conflicts() {
             Dense => 2 * outputs * inputs,
             _ => outputs * inputs / 2 + outputs * inputs / 64 * 4,
         };
-        let lora = 2 * (m + outputs) * rank;
-        let expected = (2 * m * inputs + weight + 2 * m * outputs + lora) as u64;
-        let (forward_rows, gradient_rows): (&[Row], &[Row]) = match kind {
-            Dense => (&linear::FORWARD, &linear::GRADIENT),
-            _ => (&linear::FORWARD_NF4[..3], &linear::GRADIENT_NF4[..3]),
+        // Without the adapter: left, right, out.
+        let main = 2 * m * inputs + weight + 2 * m * outputs;
+        let forward_rows: [&[Row]; 2] = match kind {
+            Dense => [&linear::FORWARD, &linear::FORWARD_LORA],
+            _ => [&linear::FORWARD_NF4[..3], &linear::FORWARD_NF4_LORA[..3]],
         };
-        for (i, row) in forward_rows.iter().chain(gradient_rows).enumerate() {
+        let gradient_rows: [&[Row]; 2] = match kind {
+            Dense => [&linear::GRADIENT, &linear::GRADIENT_LORA],
+            _ => [&linear::GRADIENT_NF4[..3], &linear::GRADIENT_NF4_LORA[..3]],
+        };
+        let all = forward_rows.iter().flat_map(|rows| rows.iter()).map(|row| (row, true));
+        let all = all.chain(gradient_rows.iter().flat_map(|rows| rows.iter()).map(|row| (row, false)));
+        for (row, forward) in all {
             let counters = counted(|device| {
-                if i < forward_rows.len() {
-                    run_forward(device, Some(row), m, inputs, &x, None, &data).map(|_| ())
-                } else {
-                    run_gradient(device, Some(row), m, inputs, None, &data).map(|_| ())
+                match forward {
+                    true => run_forward(device, Some(row), m, inputs, &x, None, &data),
+                    false => run_gradient(device, Some(row), m, inputs, None, &data),
                 }
+                .map(|_| ())
             });
             let Some(counters) = counters else { return };
             no_conflicts(&counters);
-            let found = counters[row.kernel.name];
-            assert_eq!(found.bus_bytes(), expected, "{}", row.kernel.name);
+            let (found, name) = (counters[row.kernel.name], row.kernel.name);
+            let beside = name.contains("_lora_");
+            assert_eq!(beside, counters.keys().all(|name| !name.ends_with("64x16")), "{name}");
+            // `down` and `up`; beside the main product `down` is written, and the other half of the adapter read.
+            let lora = 2 * rank * if beside { 2 * inputs + m } else { m + outputs };
+            assert_eq!(found.bus_bytes(), (main + lora) as u64, "{name}");
             let tile = (row.tile_m, row.tile_n);
             let tail = (m * outputs * rank / (16 * 8 * 16)) as u64;
-            assert_eq!(found.mma, mmas(m, outputs, inputs, tile) + tail, "{}", row.kernel.name);
-            // Whole sectors are written.
-            assert_eq!(32 * found.global_store_sectors, 2 * (m * outputs) as u64, "{}", row.kernel.name);
+            let down = mmas(m, rank, inputs, (row.tile_m, 16)) * (outputs / row.tile_n) as u64;
+            let down = if beside { down } else { 0 };
+            assert_eq!(found.mma, mmas(m, outputs, inputs, tile) + tail + down, "{name}");
+            // Whole sectors are written; of `down`, halves.
+            let stored = 2 * m * outputs + if beside { 2 * 2 * m * rank } else { 0 };
+            assert_eq!(32 * found.global_store_sectors, stored as u64, "{name}");
         }
     }
 }
@@ -805,6 +824,14 @@ fn what_does_not_fit_is_refused_by_name() {
     says(
         forward_with(Some(&linear::FORWARD_NF4[0]), 1, 16, &x, &mut parts, &mut scratch),
         "linear: gemm_nf4_nt_32x64 takes weights in NF4 only",
+    );
+
+    let (a, b, mut down, mut y) = (bf(17 * 16), bf(8 * 17), bf(17), bf(8));
+    let lora = Lora { a: &a, b: &b, rank: 17, scale: 1.0, down: &mut down, input: None };
+    let mut parts = [Forward { weight: &weight, bias: None, lora: Some(lora), y: Some(&mut y) }];
+    says(
+        forward_with(Some(&linear::FORWARD_LORA[0]), 1, 16, &x, &mut parts, &mut scratch),
+        "linear: gemm_nt_lora_32x64 takes adapters of up to rank 16 on the input itself",
     );
 
     let mut dx = bf(48);
