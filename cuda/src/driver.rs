@@ -64,6 +64,19 @@ pub fn properties(index: usize) -> Result<Properties, Error> {
     Ok(look_at(index)?.1)
 }
 
+/// Peak of the memory of device `index`, in B/s: its width times two transfers a clock.
+pub fn memory_bandwidth(index: usize) -> Result<u64, Error> {
+    let (device, _) = look_at(index)?;
+    let attribute = |attribute: Attribute| {
+        // SAFETY: a device that the driver has handed out.
+        let value = unsafe { result::device::get_attribute(device, attribute) };
+        cuda(value, || format!("reading {attribute:?}")).map(|value| value.max(0) as u64)
+    };
+    let kilohertz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+    let bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+    Ok(2 * 1000 * kilohertz * bits / 8)
+}
+
 fn look_at(index: usize) -> Result<(sys::CUdevice, Properties), Error> {
     if !is_there() {
         return Err(Error::NoDriver);

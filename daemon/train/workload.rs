@@ -6,6 +6,7 @@ use crate::checkpoint::AdapterConfig;
 use crate::config::spec::{Quantization, Spec};
 use crate::data::{EpochPlan, Sequence, TokenRows};
 use crate::model::adapter::AdapterLayout;
+use crate::model::traffic::{NF4, Traffic};
 use crate::model::weights::Base;
 use crate::model::work::{Load, Work};
 use crate::plan::throughput::{Amount, Setup, Workload};
@@ -78,11 +79,48 @@ pub fn micro_batches(sequences: usize, per_step: usize, size: usize) -> impl Ite
     })
 }
 
+/// What a micro-batch of a run costs.
+struct Costs {
+    work: Work,
+    traffic: Traffic,
+}
+
+impl Costs {
+    fn new(prepared: &Prepared, recompute: bool) -> Costs {
+        let Prepared { base, layout, .. } = prepared;
+        let weight = match base.quantization {
+            Quantization::Nf4 => NF4,
+            Quantization::None => 2.0,
+        };
+        Costs {
+            work: Work::new(&base.config, layout, recompute),
+            traffic: Traffic::new(&base.config, layout, recompute, weight),
+        }
+    }
+
+    fn train(&self, load: Load) -> Amount {
+        Amount { batches: 1, gflop: self.work.train(load), gigabytes: self.traffic.train(load) }
+    }
+
+    fn evaluate(&self, load: Load) -> Amount {
+        Amount { batches: 1, gflop: self.work.evaluate(load), gigabytes: self.traffic.evaluate(load) }
+    }
+}
+
+/// The same so many times.
+fn many(amount: Amount, times: u64) -> Amount {
+    Amount {
+        batches: amount.batches.saturating_mul(times),
+        gflop: amount.gflop * times as f64,
+        gigabytes: amount.gigabytes * times as f64,
+    }
+}
+
 /// An epoch: tokens and micro-batches up to the end of each of its steps.
 struct Epoch(Vec<(u64, Amount)>);
 
 impl Epoch {
-    fn count(spec: &Spec, rows: &TokenRows, work: &Work, epoch: u64) -> Epoch {
+    fn count(spec: &Spec, rows: &TokenRows, costs: &Costs, epoch: u64) -> Epoch {
         let data = &spec.data;
         let plan =
             EpochPlan::new(rows, data.sequence_length, data.packing, data.shuffle, spec.run.seed, epoch);
@@ -92,7 +130,7 @@ impl Epoch {
         for batch in micro_batches(plan.len(), per_step, size) {
             let (load, end) = (load(rows, &plan, batch.clone(), data.sequence_length), batch.end);
             tokens += load.tokens;
-            amount += Amount { batches: 1, gflop: work.train(load) };
+            amount += costs.train(load);
             if end.is_multiple_of(per_step) || end == plan.len() {
                 steps.push((tokens, amount));
             }
@@ -110,8 +148,7 @@ impl Epoch {
 impl Workload {
     fn add(&mut self, (tokens, train): (u64, Amount), times: u64) {
         self.tokens = self.tokens.saturating_add(tokens.saturating_mul(times));
-        self.train +=
-            Amount { batches: train.batches.saturating_mul(times), gflop: train.gflop * times as f64 };
+        self.train += many(train, times);
     }
 }
 
@@ -124,7 +161,7 @@ pub fn load(rows: &TokenRows, plan: &EpochPlan, batch: Range<usize>, longest: us
 
 /// Everything that the run does. Costs a pass over the rows' lengths for each of the first `COUNTED` epochs.
 pub fn workload(spec: &Spec, prepared: &Prepared, recompute: bool) -> Workload {
-    let work = Work::new(&prepared.base.config, &prepared.layout, recompute);
+    let costs = Costs::new(prepared, recompute);
     let steps = prepare::count_steps(spec, &prepared.data.train).total;
     let mut all = Workload { steps, ..Workload::default() };
     let mut left = steps;
@@ -132,7 +169,7 @@ pub fn workload(spec: &Spec, prepared: &Prepared, recompute: bool) -> Workload {
         if left == 0 {
             break;
         }
-        let epoch = Epoch::count(spec, &prepared.data.train, &work, number);
+        let epoch = Epoch::count(spec, &prepared.data.train, &costs, number);
         let length = epoch.0.len() as u64;
         if length == 0 {
             break;
@@ -146,24 +183,23 @@ pub fn workload(spec: &Spec, prepared: &Prepared, recompute: bool) -> Workload {
         }
     }
     if let Some(rows) = prepared.data.eval.as_ref().filter(|rows| !rows.is_empty()) {
-        let once = evaluation(spec, rows, &work);
+        let once = evaluation(spec, rows, &costs);
         all.evaluations = evaluations(spec, steps);
-        all.eval =
-            Amount { batches: once.batches * all.evaluations, gflop: once.gflop * all.evaluations as f64 };
+        all.eval = many(once, all.evaluations);
     }
     all.saves = saves(spec, steps, all.evaluations > 0);
     all
 }
 
 /// One evaluation.
-fn evaluation(spec: &Spec, rows: &TokenRows, work: &Work) -> Amount {
+fn evaluation(spec: &Spec, rows: &TokenRows, costs: &Costs) -> Amount {
     let data = &spec.data;
     let plan = EpochPlan::new(rows, data.sequence_length, data.packing, false, spec.run.seed, 0);
     let size = spec.train.micro_batch_size;
     let mut amount = Amount::default();
     for batch in micro_batches(plan.len(), size, size) {
         let load = load(rows, &plan, batch, data.sequence_length);
-        amount += Amount { batches: 1, gflop: work.evaluate(load) };
+        amount += costs.evaluate(load);
     }
     amount
 }
