@@ -143,7 +143,9 @@ impl Reason {
                 "it does not fit in this machine's memory: `finetuned plan` says what would"
             }
             Reason::OutOfMemory => "memory ran out: the kernel ended the worker, or the GPU had no more",
-            Reason::Device => "the GPU reported an error: what it computed since the last checkpoint is not used",
+            Reason::Device => {
+                "the GPU reported an error: what it computed since the last checkpoint is not used"
+            }
             Reason::Crashed => "the worker died",
             Reason::Hung => "the worker made no progress",
             Reason::Protocol => "daemon and worker do not understand each other",

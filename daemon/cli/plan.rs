@@ -21,8 +21,8 @@ use crate::scheduler::forecast::{self, Known, Outlook};
 use crate::train::{device, prepare, probe, survey};
 use crate::units::Joules;
 use clap::Args;
-use std::path::Path;
 use jiff::ZonedDateTime;
+use std::path::Path;
 use std::path::PathBuf;
 
 /// Arguments of `finetuned plan`.

@@ -78,7 +78,8 @@ pub fn probe<B: Backend>(
 ) -> Result<Measured, ProbeError> {
     let _lock = OutputLock::acquire(scratch)?;
     let plan = prepare::memory_plan(spec, &backend, &prepared);
-    if let Some(available) = prepare::available_memory(&backend).filter(|available| plan.total() > *available) {
+    if let Some(available) = prepare::available_memory(&backend).filter(|available| plan.total() > *available)
+    {
         return Err(ProbeError::TooLarge { needed: plan.total(), available });
     }
     let Prepared { tokenizer, data, base, layout, .. } = prepared;

@@ -245,7 +245,8 @@ fn run_on<B: Backend>(
     if let Some(total) = prepare::total_memory(&backend).filter(|total| plan.total() > *total) {
         return Err(RunError::TooLarge { needed: plan.total(), total });
     }
-    if let Some(available) = prepare::available_memory(&backend).filter(|available| plan.total() > *available) {
+    if let Some(available) = prepare::available_memory(&backend).filter(|available| plan.total() > *available)
+    {
         observer.observe(Event::Note(format!(
             "the run takes {}, and {available} is available: `finetuned plan` says what would fit",
             plan.total()

@@ -266,7 +266,9 @@ fn cuda_bits_are_those_of_this_arithmetic() {
     use sha2::{Digest, Sha256};
     let Ok(simt) = Simt::new() else { return };
     if !cfg!(target_arch = "x86_64") {
-        eprintln!("skipped: the hash was taken on x86-64, whose C library the stand-in computes exponentials with");
+        eprintln!(
+            "skipped: the hash was taken on x86-64, whose C library the stand-in computes exponentials with"
+        );
         return;
     }
     let golden = Golden::load("qwen3", "nf4");

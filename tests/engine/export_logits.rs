@@ -7,11 +7,11 @@
 //! ```
 
 use super::support::*;
+use finetuned::backend::cpu::Cpu;
 use finetuned::checkpoint::read_adapter;
 use finetuned::config::spec::Quantization;
 use finetuned::data::Sequence;
 use finetuned::model::adapter::AdapterLayout;
-use finetuned::backend::cpu::Cpu;
 use finetuned::model::decoder::Workspace;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;

@@ -186,7 +186,8 @@ fn a_bitsandbytes_checkpoint_is_read_as_it_is() {
         let golden = Golden::load(family, "nf4");
         assert_eq!(golden.json["double_quant"], double_quant);
         let ours = golden.decoder(Cpu::<f32>::new());
-        let theirs = decoder(Cpu::<f32>::new(), &golden.dir.join("model-4bit"), Quantization::Nf4, double_quant);
+        let theirs =
+            decoder(Cpu::<f32>::new(), &golden.dir.join("model-4bit"), Quantization::Nf4, double_quant);
         let rows = golden.sequences("rows");
         let run = |decoder: &Decoder<Cpu<f32>>| {
             let adapter = golden.adapter(&decoder.backend);
