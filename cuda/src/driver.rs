@@ -371,7 +371,8 @@ impl Launcher for Driver {
 
     fn mark(&self) -> Result<Mark, Error> {
         self.bind()?;
-        let event = cuda(result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT), || "making an event".into())?;
+        let event =
+            cuda(result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT), || "making an event".into())?;
         // SAFETY: an event that was just made, and our stream.
         let recorded = unsafe { result::event::record(event, self.stream) };
         if recorded.is_err() {

@@ -120,11 +120,9 @@ pub fn fastest(operation: &str, measured: &[(usize, &'static str, f64)]) -> Vec<
         let Some((kernel, _)) = sums.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) else { continue };
         match choices.last_mut().filter(|last| last.kernel == kernel) {
             Some(last) => last.up_to = Some(m),
-            None => choices.push(Choice {
-                operation: operation.into(),
-                up_to: Some(m),
-                kernel: kernel.into(),
-            }),
+            None => {
+                choices.push(Choice { operation: operation.into(), up_to: Some(m), kernel: kernel.into() })
+            }
         }
     }
     if let Some(last) = choices.last_mut() {

@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn weights_are_read_as_often_as_a_hand_counts() {
         let models = [
-            (qwen_half(), 0.55, 4.9),
+            (qwen_half(), 0.554, 4.85),
             (llama_1b(), 1.5, 13.2),
             (llama_3b(), 4.4, 38.2),
             (llama_8b(), 10.8, 94.6),
