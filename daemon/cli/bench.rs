@@ -16,7 +16,7 @@ use crate::train::bench::{self, BenchError, Step};
 use crate::train::device;
 use crate::units::significant;
 use clap::{Args, ValueEnum};
-use finetuned_cuda::bench::{Model, OPERATIONS, Options, Report, Row, Statistics, run, shapes};
+use finetuned_cuda::bench::{Ceilings, Model, OPERATIONS, Options, Report, Row, Statistics, run, shapes};
 use finetuned_cuda::cubins::{Cubins, SHIPPED};
 use finetuned_cuda::driver::Driver;
 use finetuned_cuda::{Device, kernels};
@@ -118,8 +118,8 @@ pub fn command(arguments: &BenchArguments) -> Result<Exit, Failure> {
     let mut standing = || Standing { board: board.clone(), readings: sensors.read() };
     let before = standing();
     let kernels = match arguments.device {
-        On::Cuda if arguments.wants_kernels() => Some(kernels_of_gpu(arguments)?),
-        _ => None,
+        On::Cuda => Some(kernels_of_gpu(arguments)?),
+        On::Cpu => None,
     };
     let steps = if arguments.wants_steps() { steps(arguments, &*clock)? } else { Vec::new() };
     let page = Page { before, after: standing(), kernels, steps };
@@ -154,7 +154,9 @@ impl BenchArguments {
             [] => options.tokens,
             asked => asked.iter().map(|tokens| *tokens as usize).collect(),
         };
-        Options { models: self.models(), tokens, kernels: self.kernels.clone(), ..options }
+        // Without any operation the ceilings remain.
+        let models = if self.wants_kernels() { self.models() } else { Vec::new() };
+        Options { models, tokens, kernels: self.kernels.clone(), ..options }
     }
 
     /// Tokens of the micro-batches of steps.
@@ -350,6 +352,10 @@ fn seconds(statistics: &Statistics) -> Value {
 }
 
 impl Page {
+    fn ceilings(&self) -> Option<Ceilings> {
+        self.kernels.as_ref().map(|report| report.ceilings)
+    }
+
     fn json(&self) -> Value {
         let stand_in = self.kernels.as_ref().is_some_and(|report| report.stand_in);
         json!({
@@ -372,7 +378,7 @@ impl Page {
             "tiles": self.kernels.iter().flat_map(|report| &report.tiles).map(|choice| json!({
                 "operation": choice.operation, "up_to": choice.up_to, "kernel": choice.kernel,
             })).collect::<Vec<Value>>(),
-            "steps": self.steps.iter().map(Line::json).collect::<Vec<Value>>(),
+            "steps": self.steps.iter().map(|line| line.json(self.ceilings())).collect::<Vec<Value>>(),
         })
     }
 
@@ -387,10 +393,19 @@ impl Page {
         if !self.steps.is_empty() {
             let _ = writeln!(
                 text,
-                "\n{:<14} {:>6} {:<9} {:>10} {:>9} {:>9} {:>10} {:>10} {:>9}",
-                "step", "tokens", "recompute", "ms", "spread %", "tokens/s", "TFLOP/s", "memory", "J/1000"
+                "\n{:<14} {:>6} {:<9} {:>10} {:>9} {:>9} {:>8} {:>7} {:>10} {:>9}",
+                "step",
+                "tokens",
+                "recompute",
+                "ms",
+                "spread %",
+                "tokens/s",
+                "TFLOP/s",
+                "of mma",
+                "memory",
+                "J/1000"
             );
-            self.steps.iter().for_each(|line| line.text(&mut text));
+            self.steps.iter().for_each(|line| line.text(self.ceilings(), &mut text));
         }
         text
     }
@@ -432,6 +447,9 @@ fn kernels_text(report: &Report, text: &mut String) {
         significant(report.ceilings.mma / 1e12, 3),
         significant(report.ceilings.copy / 1e9, 3)
     );
+    if report.rows.is_empty() {
+        return;
+    }
     let _ = writeln!(
         text,
         "\n{:<20} {:<22} {:<14} {:>10} {:>8} {:>8} {:>7} {:>8} {:>7}  shape",
@@ -466,7 +484,7 @@ fn kernels_text(report: &Report, text: &mut String) {
 }
 
 impl Line {
-    fn json(&self) -> Value {
+    fn json(&self, ceilings: Option<Ceilings>) -> Value {
         let Line { model, tokens, recompute, step } = self;
         let mut value = json!({ "model": model, "tokens": tokens, "recompute": recompute });
         let more = match step {
@@ -488,6 +506,8 @@ impl Line {
                 },
                 "flops": 1e9 * step.work.total() / step.micro_step.median,
                 "gigabytes": step.gigabytes,
+                "of_mma": ceilings.map(|of| 1e9 * step.work.total() / step.micro_step.median / of.mma),
+                "of_copy": ceilings.map(|of| 1e9 * step.gigabytes / step.micro_step.median / of.copy),
                 "memory_bytes": step.memory.map(|bytes| bytes.0),
                 "joules_per_1000_tokens": step.joules_per_thousand(),
             }),
@@ -498,18 +518,21 @@ impl Line {
         value
     }
 
-    fn text(&self, text: &mut String) {
+    fn text(&self, ceilings: Option<Ceilings>, text: &mut String) {
         let Line { model, tokens, recompute, step } = self;
         let how = if *recompute { "yes" } else { "no" };
         let _ = match step {
             Err(why) => writeln!(text, "{model:<14} {tokens:>6} {how:<9} not measured: {why}"),
             Ok(step) => writeln!(
                 text,
-                "{model:<14} {tokens:>6} {how:<9} {:>10} {:>9.1} {:>9} {:>10} {:>10} {:>9}",
+                "{model:<14} {tokens:>6} {how:<9} {:>10} {:>9.1} {:>9} {:>8} {:>7} {:>10} {:>9}",
                 significant(1e3 * step.micro_step.median, 4),
                 100.0 * step.micro_step.spread(),
                 significant(step.tokens_per_second(*tokens), 4),
                 significant(step.work.total() / 1e3 / step.micro_step.median, 3),
+                ceilings.map_or("-".into(), |of| {
+                    format!("{:.1} %", 1e11 * step.work.total() / step.micro_step.median / of.mma)
+                }),
                 step.memory.map_or("-".into(), |bytes| bytes.to_string()),
                 step.joules_per_thousand().map_or("-".into(), |joules| significant(joules, 3)),
             ),
@@ -523,7 +546,6 @@ mod tests {
     use crate::model::work::Parts;
     use crate::units::{Bytes, Watts};
     use clap::Parser;
-    use finetuned_cuda::bench::Ceilings;
     use finetuned_cuda::simt::Simt;
     use finetuned_cuda::tuned::Choice;
 
@@ -551,6 +573,7 @@ mod tests {
         assert_eq!(options.models[0].name, "Llama-3.2-1B");
         let step = parse(&["--kernel", "step", "--device", "cpu"]).unwrap();
         assert!(!step.wants_kernels() && step.wants_steps());
+        assert!(step.options().models.is_empty());
         assert_eq!(step.models().len(), 1);
         let error = parse(&["--kernel", "convolution"]).err().unwrap();
         assert!(error.contains("there are step, nf4-dequantise"), "{error}");
@@ -638,6 +661,8 @@ mod tests {
         // 60 J for 3,072 tokens.
         assert_eq!(step["joules_per_1000_tokens"], 60.0 * 1e3 / 3072.0);
         assert_eq!(step["memory_bytes"], 2u64 << 30);
+        // 1.5 of 20 TFLOP/s, 34 of 160 GB/s.
+        assert_eq!((&step["of_mma"], &step["of_copy"]), (&0.075.into(), &0.2125.into()));
         assert_eq!(json["steps"][1]["not_measured"], "it would take too much");
     }
 
@@ -653,6 +678,7 @@ mod tests {
             "2048",
             "2.0 GiB",
             "19.5",
+            "7.5 %",
             "not measured: it would take too much",
             "Llama-3-8B logits, 256 tokens: not enough memory",
             "fastest    linear of more rows: gemm_nt_128x128",
