@@ -351,7 +351,8 @@ fn no_step_takes_memory() {
     assert!(reserved >= planned, "{reserved} bytes were reserved, {planned} planned");
     let decoder = Decoder::new(backend, base);
     let mut trainer = Trainer::new(decoder, layout, 5, capacity, true);
-    let spec = Spec::parse("[model]\nbase = \"x\"\n[data]\ntrain = [\"y\"]\n", "t", Path::new("/"), &[]).unwrap();
+    let spec =
+        Spec::parse("[model]\nbase = \"x\"\n[data]\ntrain = [\"y\"]\n", "t", Path::new("/"), &[]).unwrap();
     let schedule = Schedule::new(&spec.train, 4);
     let prepared = counting.allocations.load(Relaxed);
     let mut counts = Vec::new();

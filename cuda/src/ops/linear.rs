@@ -186,8 +186,7 @@ pub fn scratch_elements(group: &[(usize, usize)]) -> usize {
 /// the kernels dequantise on their way. `block` is the number of elements that share a scale.
 pub fn scratch_needed(device: &Properties, m: usize, block: usize, group: &[(usize, usize)]) -> usize {
     // Rows of dY that do not begin at multiples of 16 bytes are for the general kernel.
-    let units =
-        group.iter().all(|&(outputs, inputs)| in_units(inputs, block) && outputs.is_multiple_of(8));
+    let units = group.iter().all(|&(outputs, inputs)| in_units(inputs, block) && outputs.is_multiple_of(8));
     let fused = |table| select(table, device, m).is_some_and(is_fused);
     if units && fused(&FORWARD_NF4) && fused(&GRADIENT_NF4) { 0 } else { scratch_elements(group) }
 }
