@@ -28,8 +28,13 @@ pub fn device(setup: &Setup, machine: &Machine) -> Option<Device> {
     }
     let Ok(gpu) = finetuned_cuda::driver::properties(0) else { return Device::of_machine(setup, machine) };
     let bandwidth = if gpu.integrated {
+        // What the driver says of this memory's clock is not to be relied upon; the board is known, or nothing is.
         let sensors = Sensors::open(Path::new("/"), &Board::default(), Arc::new(SystemClock::new()));
-        Device::orin_bandwidth(sensors.limits().memory.map_or(ORIN_MEMORY, |clock| clock as f64))
+        if !sensors.board().name.starts_with("agx-orin") {
+            return None;
+        }
+        let cap = sensors.limits().memory.map_or(ORIN_MEMORY, |clock| clock as f64);
+        Device::orin_bandwidth(cap.min(ORIN_MEMORY))
     } else {
         finetuned_cuda::driver::memory_bandwidth(0).ok()? as f64
     };
