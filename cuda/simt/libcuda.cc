@@ -26,6 +26,7 @@
 // Codes that lose the context (`is_sticky`) are returned by every later call; others once.
 #include <simt.h>
 
+#include <chrono>
 #include <cstdarg>
 #include <deque>
 #include <dirent.h>
@@ -54,6 +55,7 @@ enum Code : int {
     INVALID_CONTEXT = 201,
     NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
+    NOT_READY = 600,
     NOT_FOUND = 500,
     ILLEGAL_ADDRESS = 700,
     MISALIGNED_ADDRESS = 716,
@@ -81,6 +83,7 @@ constexpr Name NAMES[] = {
     {304, "CUDA_ERROR_OPERATING_SYSTEM"},
     {400, "CUDA_ERROR_INVALID_HANDLE"},
     {500, "CUDA_ERROR_NOT_FOUND"},
+    {600, "CUDA_ERROR_NOT_READY"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
     {702, "CUDA_ERROR_LAUNCH_TIMEOUT"},
@@ -131,6 +134,12 @@ struct Module {
     std::vector<std::unique_ptr<Function>> functions;
 };
 
+// A moment, once the queue has come to it.
+struct Event {
+    bool reached = false;
+    std::chrono::steady_clock::time_point at;
+};
+
 struct State {
     std::mutex mutex;
     Device device;
@@ -144,6 +153,7 @@ struct State {
     std::map<u64, u64> allocations;  // begin, bytes
     std::map<void*, std::unique_ptr<Module>> modules;
     std::map<void*, std::unique_ptr<int>> streams;
+    std::map<void*, std::shared_ptr<Event>> events;
     std::vector<void*> libraries;
     std::deque<std::function<int()>> queue;
 };
@@ -517,6 +527,9 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
         case 13: *value = int(d.clock_khz); break;
         case 16: *value = int(d.multiprocessors); break;
         case 18: *value = int(d.integrated); break;
+        // An AGX Orin's memory: 3,200 MHz, 256 bits.
+        case 36: *value = 3200000; break;
+        case 37: *value = 256; break;
         case 38: *value = int(d.l2); break;
         case 75: *value = int(d.sm / 10); break;
         case 76: *value = int(d.sm % 10); break;
@@ -580,6 +593,49 @@ EXPORT int cuStreamDestroy_v2(void* stream) {
     BEGIN(IN_CONTEXT);
     const int code = call.drain();
     return call.end(s.streams.erase(stream) ? code : int(INVALID_HANDLE));
+}
+
+EXPORT int cuEventCreate(void** event, unsigned) {
+    BEGIN(IN_CONTEXT);
+    std::shared_ptr<Event> made = std::make_shared<Event>();
+    *event = made.get();
+    s.events[*event] = made;
+    return call.end();
+}
+
+EXPORT int cuEventRecord(void* event, void* stream) {
+    BEGIN(IN_CONTEXT);
+    const auto found = s.events.find(event);
+    if (found == s.events.end() || !s.streams.count(stream)) return call.end(INVALID_HANDLE);
+    const std::shared_ptr<Event> recorded = found->second;
+    recorded->reached = false;
+    call.enqueue([recorded] {
+        recorded->at = std::chrono::steady_clock::now();
+        recorded->reached = true;
+        return int(SUCCESS);
+    });
+    return call.end();
+}
+
+EXPORT int cuEventSynchronize(void* event) {
+    BEGIN(IN_CONTEXT);
+    if (!s.events.count(event)) return call.end(INVALID_HANDLE);
+    return call.end(call.drain());
+}
+
+// The host's time between two places in the queue, which is no speed of anything.
+EXPORT int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
+    BEGIN(IN_CONTEXT);
+    const auto a = s.events.find(from), b = s.events.find(to);
+    if (a == s.events.end() || b == s.events.end()) return call.end(INVALID_HANDLE);
+    if (!a->second->reached || !b->second->reached) return call.end(NOT_READY);
+    *milliseconds = std::chrono::duration<float, std::milli>(b->second->at - a->second->at).count();
+    return call.end();
+}
+
+EXPORT int cuEventDestroy_v2(void* event) {
+    BEGIN(IN_CONTEXT);
+    return call.end(s.events.erase(event) ? int(SUCCESS) : int(INVALID_HANDLE));
 }
 
 EXPORT int cuModuleLoadData(void** handle, const void* image) {

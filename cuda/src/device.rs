@@ -1,7 +1,7 @@
 //! A device: its properties, read at start and never assumed, and the launcher behind it.
 
 use crate::error::Error;
-use crate::launcher::{Address, Launch, Launcher};
+use crate::launcher::{Address, Launch, Launcher, Mark};
 use std::sync::Arc;
 
 /// What a device says of itself. An Orin in its shipped 30 W mode has 8 SMs, not 16, at half the clock: nothing here is
@@ -50,6 +50,21 @@ impl Device {
     /// Waits for everything launched so far.
     pub fn synchronize(&self) -> Result<(), Error> {
         self.launcher.synchronize()
+    }
+
+    /// Marks a place in the order of calls.
+    pub fn mark(&self) -> Result<Mark, Error> {
+        self.launcher.mark()
+    }
+
+    /// Waits for the later mark; the seconds between both.
+    pub fn elapsed(&self, from: Mark, to: Mark) -> Result<f64, Error> {
+        self.launcher.elapsed(from, to)
+    }
+
+    /// Whether it is the stand-in, whose times are no speeds of anything.
+    pub fn is_stand_in(&self) -> bool {
+        self.properties().driver == 0
     }
 
     /// Memory that can still be taken, in bytes.

@@ -11,7 +11,7 @@ use crate::cubins::Cubins;
 use crate::device::Properties;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
-use crate::launcher::{Address, Argument, Launch, Launcher};
+use crate::launcher::{Address, Argument, Launch, Launcher, Mark};
 use crate::source::FILES;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -62,6 +62,19 @@ fn cuda<T>(result: Result<T, DriverError>, during: impl FnOnce() -> String) -> R
 /// What CUDA says of device `index`, without making a context on it.
 pub fn properties(index: usize) -> Result<Properties, Error> {
     Ok(look_at(index)?.1)
+}
+
+/// Peak of the memory of device `index`, in B/s: its width times two transfers a clock.
+pub fn memory_bandwidth(index: usize) -> Result<u64, Error> {
+    let (device, _) = look_at(index)?;
+    let attribute = |attribute: Attribute| {
+        // SAFETY: a device that the driver has handed out.
+        let value = unsafe { result::device::get_attribute(device, attribute) };
+        cuda(value, || format!("reading {attribute:?}")).map(|value| value.max(0) as u64)
+    };
+    let kilohertz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+    let bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+    Ok(2 * 1000 * kilohertz * bits / 8)
 }
 
 fn look_at(index: usize) -> Result<(sys::CUdevice, Properties), Error> {
@@ -354,6 +367,36 @@ impl Launcher for Driver {
         self.bind()?;
         // SAFETY: our stream.
         cuda(unsafe { result::stream::synchronize(self.stream) }, || self.after("waiting for the device"))
+    }
+
+    fn mark(&self) -> Result<Mark, Error> {
+        self.bind()?;
+        let event =
+            cuda(result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT), || "making an event".into())?;
+        // SAFETY: an event that was just made, and our stream.
+        let recorded = unsafe { result::event::record(event, self.stream) };
+        if recorded.is_err() {
+            // SAFETY: made above, and nobody else's.
+            let _ = unsafe { result::event::destroy(event) };
+        }
+        cuda(recorded, || self.after("marking a place on the stream"))?;
+        Ok(Mark::Event(event as usize))
+    }
+
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<f64, Error> {
+        let (Mark::Event(from), Mark::Event(to)) = (from, to) else {
+            return Err(Error::Shape { operation: "elapsed time", what: "a mark of another device".into() });
+        };
+        self.bind()?;
+        let (from, to) = (from as sys::CUevent, to as sys::CUevent);
+        // SAFETY: events of `mark`, recorded on our stream and destroyed only here: a mark is used up.
+        let elapsed = unsafe {
+            let elapsed = result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to));
+            let _ = result::event::destroy(from);
+            let _ = result::event::destroy(to);
+            elapsed
+        };
+        Ok(f64::from(cuda(elapsed, || self.after("timing"))?) / 1e3)
     }
 
     /// On an integrated GPU device memory is the system's, and what the driver calls free leaves out the page cache:

@@ -164,6 +164,10 @@ kernels! {
         absmax_mean 32 threads, 0 shared, 64 registers, 16 blocks;
         absmax_nest 256 threads, 0 shared, 40 registers, 6 blocks;
     }
+    "probe.cu" {
+        probe_mma 256 threads, 0 shared, 64 registers, 4 blocks;
+        probe_copy 256 threads, 0 shared, 40 registers, 6 blocks;
+    }
     "rms_norm.cu" {
         rms_norm_8 256 threads, 0 shared, 64 registers, 4 blocks;
         rms_norm_1 256 threads, 0 shared, 64 registers, 4 blocks;

@@ -3,6 +3,7 @@
 use crate::device::Properties;
 use crate::error::Error;
 use crate::kernels::Kernel;
+use std::time::Instant;
 
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,6 +56,15 @@ impl Launch<'_> {
     }
 }
 
+/// A place in the order of calls, for [`Launcher::elapsed`], which uses it up.
+#[derive(Debug)]
+pub enum Mark {
+    /// An event on the stream (`CUevent`).
+    Event(usize),
+    /// A moment on the host: the stand-in has done everything before it returns.
+    Moment(Instant),
+}
+
 /// Something that has memory and runs kernels. All calls are in order, as on one stream; kernels and device copies
 /// return before they are done.
 pub trait Launcher: Send + Sync {
@@ -102,6 +112,13 @@ pub trait Launcher: Send + Sync {
 
     /// Waits for everything, and says what went wrong in it.
     fn synchronize(&self) -> Result<(), Error>;
+
+    /// Marks this place: after everything launched before, ahead of everything launched later.
+    fn mark(&self) -> Result<Mark, Error>;
+
+    /// Waits for the later mark; the seconds between both. On a GPU they are those of its own clock, with a resolution of
+    /// half a microsecond (`cuEventElapsedTime`); those of the stand-in say nothing about any GPU.
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<f64, Error>;
 
     /// Memory that can still be taken, in bytes.
     fn free_memory(&self) -> Result<u64, Error>;

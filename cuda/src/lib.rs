@@ -19,11 +19,14 @@
 //! | [`memory`] | buffers, and the arena that is planned before it is taken |
 //! | [`device`] | properties of a device, and a device with its launcher |
 //! | [`tiles`] | which kernel for which shape, as data with its provenance |
+//! | [`tuned`] | tables of tiles that were measured on a device |
 //! | [`ops`] | one function an operation |
+//! | [`bench`] | how fast they are, beside the ceilings of the device |
 //! | `simt`, `libcuda` | the stand-ins for tests: for a GPU, and for the driver's library (feature `simt`) |
 //!
 //! No CUDA toolkit is needed to build this and none to run it: libcuda and NVRTC are loaded when they are asked for.
 
+pub mod bench;
 pub mod compile;
 pub mod cubin;
 pub mod cubins;
@@ -40,6 +43,7 @@ pub mod ops;
 pub mod simt;
 pub mod source;
 pub mod tiles;
+pub mod tuned;
 
 pub use device::{Device, Properties};
 pub use error::Error;

@@ -9,7 +9,7 @@
 use crate::device::{Device, Properties};
 use crate::error::Error;
 use crate::kernels::Kernel;
-use crate::launcher::{Address, Argument, Launch, Launcher};
+use crate::launcher::{Address, Argument, Launch, Launcher, Mark};
 use crate::source::{self, HEADERS, Source};
 use libloading::{Library, Symbol};
 use sha2::{Digest, Sha256};
@@ -19,6 +19,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// The host's side of the kernels' headers.
 const HOST_HEADERS: &[Source] = &[
@@ -277,6 +278,10 @@ fn find_compiler() -> Result<(String, String), String> {
         }
     }
     Err(format!("there is no C++ compiler (tried {})", names.join(", ")))
+}
+
+fn foreign_mark() -> Error {
+    Error::Shape { operation: "elapsed time", what: "a mark of another device".into() }
 }
 
 pub(crate) fn file_error(path: &Path, source: std::io::Error) -> Error {
@@ -596,6 +601,17 @@ impl Launcher for Simt {
 
     fn synchronize(&self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn mark(&self) -> Result<Mark, Error> {
+        Ok(Mark::Moment(Instant::now()))
+    }
+
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<f64, Error> {
+        match (from, to) {
+            (Mark::Moment(from), Mark::Moment(to)) => Ok(to.saturating_duration_since(from).as_secs_f64()),
+            _ => Err(foreign_mark()),
+        }
     }
 
     fn free_memory(&self) -> Result<u64, Error> {

@@ -23,8 +23,8 @@ pub const HEADERS: &[Source] = sources!["attention.cuh" "attention_tiles.cuh" "d
 /// One operation a file. A test compares both lists with the directory.
 pub const FILES: &[Source] = sources![
     "adamw.cu" "adapter_gradient.cu" "attention.cu" "attention_any.cu" "attention_backward.cu" "cached_attention.cu"
-    "cross_entropy.cu" "dropout.cu" "elementwise.cu" "gemm.cu" "gemm_nf4.cu" "gemm_pack.cu" "nf4.cu" "rms_norm.cu"
-    "rope.cu" "rows.cu" "small.cu" "swiglu.cu"
+    "cross_entropy.cu" "dropout.cu" "elementwise.cu" "gemm.cu" "gemm_nf4.cu" "gemm_pack.cu" "nf4.cu" "probe.cu"
+    "rms_norm.cu" "rope.cu" "rows.cu" "small.cu" "swiglu.cu"
 ];
 
 /// Options that decide what the compiler makes of the text, besides the architecture.

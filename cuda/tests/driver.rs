@@ -46,6 +46,8 @@ fn child() {
             Ok(properties) => println!("# {properties:?}"),
             Err(error) => say("properties", Err::<(), _>(error)),
         },
+        "time" => time(&open().unwrap()),
+        "bandwidth" => say("bandwidth", driver::memory_bandwidth(0)),
         "beyond" | "freed" | "misaligned" => break_out(&part, &open().unwrap()),
         other => panic!("{other}"),
     }
@@ -70,6 +72,19 @@ fn at_work(driver: &Arc<Driver>) {
     }
     say("allocate", Buffer::<f32>::new(&device, 5).map(|_| ()));
     say("synchronize", device.synchronize());
+}
+
+/// A launch between two marks.
+fn time(driver: &Arc<Driver>) {
+    let device = Device::new(driver.clone());
+    let mut x = Buffer::<f32>::from_slice(&device, &[1.0; 300]).unwrap();
+    let mut timed = || {
+        let from = device.mark()?;
+        elementwise::scale(300, 2.0, &mut x)?;
+        let to = device.mark()?;
+        device.elapsed(from, to)
+    };
+    say("time", timed().map(|seconds| seconds > 0.0 && seconds < 60.0));
 }
 
 fn say(what: &str, outcome: Result<impl std::fmt::Debug, Error>) {
@@ -307,6 +322,32 @@ fn a_device_says_what_it_is() {
     assert_eq!(said.lines[0], expected);
     // No context is made for that: on a Jetson it would take memory.
     assert!(said.calls.iter().all(|(name, _, _)| !name.contains("Ctx")), "{:?}", said.calls);
+}
+
+#[test]
+fn time_is_taken_by_events_that_are_given_back() {
+    let Some(stand_in) = stand_in() else { return };
+    let said = run(stand_in, "time", &[]);
+    assert_eq!(said.of("time"), "fine true");
+    let calls = |name: &str| said.calls.iter().filter(|(of, ..)| of == name).count();
+    assert_eq!(["cuEventCreate", "cuEventRecord", "cuEventDestroy_v2"].map(calls), [2, 2, 2]);
+    // Both are given back when what is between them fails.
+    let said = run(stand_in, "time", &[("FINETUNED_LIBCUDA_FAIL", "999~cuLaunchKernel:1")]);
+    assert!(said.of("time").contains("timing, after scale_f32: CUDA error 999"), "{}", said.of("time"));
+    let calls = |name: &str| said.calls.iter().filter(|(of, ..)| of == name).count();
+    assert_eq!(["cuEventCreate", "cuEventDestroy_v2"].map(calls), [2, 2]);
+    // A mark that cannot be made is an error, and leaves none.
+    let said = run(stand_in, "time", &[("FINETUNED_LIBCUDA_FAIL", "400@cuEventRecord:1")]);
+    assert!(said.of("time").contains("marking a place on the stream"), "{}", said.of("time"));
+    let calls = |name: &str| said.calls.iter().filter(|(of, ..)| of == name).count();
+    assert_eq!(["cuEventCreate", "cuEventDestroy_v2"].map(calls), [1, 1]);
+}
+
+/// 256 bits at twice 3,200 MHz.
+#[test]
+fn the_bandwidth_is_that_of_the_memorys_clock_and_width() {
+    let Some(stand_in) = stand_in() else { return };
+    assert_eq!(run(stand_in, "bandwidth", &[]).of("bandwidth"), "fine 204800000000");
 }
 
 // ── What is not there ──

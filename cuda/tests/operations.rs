@@ -33,6 +33,8 @@ mod harness;
 mod linear;
 #[path = "operations/nf4.rs"]
 mod nf4;
+#[path = "operations/probe.rs"]
+mod probe;
 #[path = "operations/rms_norm.rs"]
 mod rms_norm;
 #[path = "operations/rope.rs"]

@@ -14,6 +14,7 @@
 mod batch;
 pub mod failure;
 mod tensor;
+pub mod tiles;
 
 pub use batch::CudaBatch;
 pub use tensor::{CudaMatrix, CudaTensor};

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   arguments   what several commands share: the spec, threads, directories
-//!   run, plan, generate, demo, data, spec, config, sensors, kernels      the commands
+//!   run, plan, generate, demo, data, spec, config, sensors, kernels, bench      the commands
 //!   daemon      without a command                   worker   what the daemon starts; hidden
 //!   progress    the bar or the lines of a run        interrupt   Ctrl-C
 //!   speed       the record of speed
@@ -10,6 +10,7 @@
 //! ```
 
 mod arguments;
+mod bench;
 mod config;
 mod console;
 mod daemon;
@@ -104,6 +105,16 @@ Example:
     /// Compile the CUDA kernels, and look at them
     #[command(subcommand)]
     Kernels(kernels::KernelsCommand),
+    /// Measure how fast this machine is: kernels, and whole training steps
+    #[command(after_help = "\
+Examples:
+  finetuned bench --quick
+  finetuned bench --model Llama-3.2-1B --tokens 512 2048
+  finetuned bench --kernel linear input-gradient --json > bench.json
+  finetuned bench --device cpu
+
+Weights and tokens are random: nothing has to be there but the machine.")]
+    Bench(bench::BenchArguments),
     /// Train for the daemon at standard input
     #[command(hide = true)]
     Worker(worker::WorkerArguments),
@@ -156,6 +167,7 @@ fn dispatch(command: &Command) -> Result<Exit, Failure> {
         Command::Sensors(arguments) => sensors::show(arguments),
         Command::RecordSensors(arguments) => sensors::record(arguments),
         Command::Kernels(command) => kernels::command(command),
+        Command::Bench(arguments) => bench::command(arguments),
         Command::Worker(arguments) => worker::command(arguments),
     }
 }

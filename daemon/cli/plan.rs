@@ -15,6 +15,7 @@ use crate::config::spec::Spec;
 use crate::config::{ConfigError, Mode};
 use crate::plan::Speed;
 use crate::plan::page::Page;
+use crate::plan::roofline::Device;
 use crate::plan::throughput::Origin;
 use crate::scheduler::forecast::{self, Known, Outlook};
 use crate::train::{device, prepare, probe, survey};
@@ -35,6 +36,9 @@ pub struct PlanArguments {
     /// Refuse a run that would not be complete by then: 06:00 (the next), "2026-11-28 06:00", +8h
     #[arg(long, value_name = "WHEN")]
     before: Option<String>,
+    /// Predict the time on this board instead of this machine: agx-orin-64gb, agx-orin-64gb:MODE_50W
+    #[arg(long, value_name = "BOARD[:MODE]", conflicts_with = "probe", value_parser = Device::parse)]
+    on: Option<Device>,
     /// Hours and quotas of this configuration of the daemon [default: that of this machine]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -78,7 +82,9 @@ fn plan<B: Backend>(
     let prepared = prepare::prepare(spec, cache, None, &mut progress)?;
     let prepared_in = (clock.monotonic() - began).as_secs_f64();
     drop(progress);
-    let survey = survey::survey(spec, &backend, &prepared, prepare::available_memory(&backend), prepared_in);
+    // Another board's memory is not known here.
+    let available = prepare::available_memory(&backend).filter(|_| arguments.on.is_none());
+    let survey = survey::survey(spec, &backend, &prepared, available, prepared_in);
     let mut records = speed::known()?;
     let fits = survey.facts.memory.fits != Some(false);
     if arguments.probe && fits {
@@ -93,11 +99,19 @@ fn plan<B: Backend>(
         // The page is about the machine as it is now, whatever it was in other nights.
         records = vec![record];
     }
+    let speed = Speed::of(&records, &survey.setup, &outlook.machine, None);
     let known = Known {
-        speed: Speed::of(&records, &survey.setup, &outlook.machine, None),
+        speed: speed.filter(|_| arguments.on.is_none()),
         probed: arguments.probe && fits,
+        device: arguments.on.clone().or_else(|| speed::device(&survey.setup, &outlook.machine)),
     };
-    let page = forecast::page(survey, &known, &outlook, before, now);
+    let mut page = forecast::page(survey, &known, &outlook, before, now);
+    if let Some(device) = &arguments.on {
+        page.notes.push(format!(
+            "steps and data are those of this machine, time is that of {}; memory is what the run would take here",
+            device.name
+        ));
+    }
     console::result(&if arguments.json { json(&page)? } else { page.text() })?;
     verdict(&page)
 }

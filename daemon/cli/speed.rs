@@ -7,7 +7,8 @@ use crate::config::budget::Board;
 use crate::governor::sensors::Sensors;
 use crate::plan::Measured;
 use crate::plan::history::{self, NAME};
-use crate::plan::throughput::{Machine, Origin, Record};
+use crate::plan::roofline::Device;
+use crate::plan::throughput::{Machine, Origin, Record, Setup};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
@@ -18,6 +19,31 @@ pub fn machine() -> Machine {
     let mode = sensors.read().mode;
     Machine { board: Some(sensors.board().name.to_string()), mode }
 }
+
+/// What the roofline knows of the GPU that a run computes on; `None` of a run on the CPU. Multiprocessors and clock are
+/// those that the driver reports now, else those of the board's power mode.
+pub fn device(setup: &Setup, machine: &Machine) -> Option<Device> {
+    if !setup.backend.starts_with("cuda") {
+        return None;
+    }
+    let Ok(gpu) = finetuned_cuda::driver::properties(0) else { return Device::of_machine(setup, machine) };
+    let bandwidth = if gpu.integrated {
+        // What the driver says of this memory's clock is not to be relied upon; the board is known, or nothing is.
+        let sensors = Sensors::open(Path::new("/"), &Board::default(), Arc::new(SystemClock::new()));
+        if !sensors.board().name.starts_with("agx-orin") {
+            return None;
+        }
+        let cap = sensors.limits().memory.map_or(ORIN_MEMORY, |clock| clock as f64);
+        Device::orin_bandwidth(cap.min(ORIN_MEMORY))
+    } else {
+        finetuned_cuda::driver::memory_bandwidth(0).ok()? as f64
+    };
+    let clock = 1e3 * f64::from(gpu.clock_khz);
+    Device::of_gpu(&gpu.name, gpu.sm, gpu.multiprocessors, clock, bandwidth)
+}
+
+/// Highest clock of an AGX Orin's memory, in Hz: that of a power mode that does not cap it.
+const ORIN_MEMORY: f64 = 3.2e9;
 
 /// The file.
 pub fn path() -> Result<PathBuf, Failure> {

@@ -17,5 +17,6 @@ pub mod digests;
 pub mod generate;
 pub mod memory;
 pub mod tensor_file;
+pub mod traffic;
 pub mod weights;
 pub mod work;

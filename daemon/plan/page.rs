@@ -1,6 +1,7 @@
 //! The page that tells what a run will take, as JSON (schema 1) and as text. Daemon, command line and client have the
 //! same.
 
+use super::roofline::EFFICIENCY;
 use super::throughput::{Likeness, Parts, Setup, Workload};
 use crate::units::{Bytes, Joules, duration, significant};
 use serde::{Deserialize, Serialize};
@@ -197,6 +198,8 @@ pub enum Basis {
     SameModel,
     /// Another model on this device, scaled by arithmetic.
     SameDevice,
+    /// Nothing was measured: the roofline of the device.
+    Roofline,
 }
 
 impl From<Likeness> for Basis {
@@ -205,6 +208,7 @@ impl From<Likeness> for Basis {
             Likeness::Same => Basis::Same,
             Likeness::SameModel => Basis::SameModel,
             Likeness::SameDevice => Basis::SameDevice,
+            Likeness::Predicted => Basis::Roofline,
         }
     }
 }
@@ -224,6 +228,9 @@ pub struct Time {
     pub tokens: u64,
     /// Where that comes from.
     pub basis: Basis,
+    /// The device that it was predicted for; absent where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// Runs and probes that it rests on.
     pub records: u64,
     /// Their tokens.
@@ -319,7 +326,7 @@ pub struct Page {
     /// What is known whatever the speed.
     #[serde(flatten)]
     pub facts: Facts,
-    /// How long; absent where nothing on this device was measured.
+    /// How long; absent where nothing on this device was measured, nor can be predicted.
     pub time: Option<Time>,
     /// Energy; absent without a meter or an earlier run.
     pub energy: Option<EnergyFacts>,
@@ -435,12 +442,18 @@ impl Time {
                 format!("scaled from {runs} of this base with other lengths or micro-batches")
             }
             Basis::SameDevice => format!("scaled from {runs} of another model: little more than a guess"),
+            Basis::Roofline => format!(
+                "predicted by the roofline of {} at {:.0} % of its bound, not measured",
+                self.device.as_deref().unwrap_or("this device"),
+                100.0 * EFFICIENCY
+            ),
         };
-        let measured = grouped(self.measured_tokens);
-        line(
-            "speed",
-            format!("{} tokens/s, {basis} ({measured} tokens)", significant(self.tokens_per_second, 3)),
-        );
+        let speed = significant(self.tokens_per_second, 3);
+        let measured = match self.basis {
+            Basis::Roofline => String::new(),
+            _ => format!(" ({} tokens)", grouped(self.measured_tokens)),
+        };
+        line("speed", format!("{speed} tokens/s, {basis}{measured}"));
         let (least, most) = self.between;
         let parts = [
             ("training", self.parts.train),

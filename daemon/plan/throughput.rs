@@ -11,7 +11,9 @@
 //! | the same configuration | the line, corrected by the median record | 10 %, of one record 15 % |
 //! | the same base and adapter on this device, other lengths or micro-batches | the line, by GFLOP | 25 % |
 //! | another model on this device | GFLOP per second | a factor of two |
+//! | nothing of this device, but what it is | [the roofline](super::roofline) | a factor of two |
 
+use super::roofline::Device;
 use crate::units::{Joules, RunId};
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +33,7 @@ const ERROR_SAME: f64 = 0.10;
 const ERROR_ONE: f64 = 0.15;
 const ERROR_SAME_MODEL: f64 = 0.25;
 const ERROR_SAME_DEVICE: f64 = 1.0;
+const ERROR_PREDICTED: f64 = 1.0;
 
 /// What determines how fast a run computes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -297,12 +300,15 @@ pub struct Amount {
     pub batches: u64,
     /// Work, GFLOP.
     pub gflop: f64,
+    /// What it moves between memory and chip, GB.
+    pub gigabytes: f64,
 }
 
 impl std::ops::AddAssign for Amount {
     fn add_assign(&mut self, other: Amount) {
         self.batches = self.batches.saturating_add(other.batches);
         self.gflop += other.gflop;
+        self.gigabytes += other.gigabytes;
     }
 }
 
@@ -333,6 +339,8 @@ pub enum Likeness {
     SameModel,
     /// Another model on this device.
     SameDevice,
+    /// There are none: the roofline's prediction.
+    Predicted,
 }
 
 /// The likeness of two configurations; `None` of different devices.
@@ -423,6 +431,7 @@ impl Speed {
             (Likeness::Same, _) => ERROR_SAME,
             (Likeness::SameModel, _) => ERROR_SAME_MODEL,
             (Likeness::SameDevice, _) => ERROR_SAME_DEVICE,
+            (Likeness::Predicted, _) => ERROR_PREDICTED,
         };
         let duties = records.iter().filter(|record| budget.is_some() && record.budget.as_deref() == budget);
         let duties = duties.filter_map(|record| record.duty).collect::<Vec<f64>>();
@@ -443,6 +452,29 @@ impl Speed {
                     .zip(median(watts().map(|(_, above_idle)| above_idle).collect()))
             },
         })
+    }
+
+    /// What the roofline of a device says about a workload. The update, checkpoints and the preparation are not in it, and
+    /// nothing is known of power.
+    pub fn predicted(work: &Workload, device: &Device) -> Speed {
+        let (train, eval) = device.predict_workload(work);
+        let line = |seconds: f64, gflop: f64| Line {
+            each: 0.0,
+            per_gflop: if gflop > 0.0 { seconds / gflop } else { 0.0 },
+        };
+        Speed {
+            train: line(train, work.train.gflop),
+            eval: line(eval, work.eval.gflop),
+            update: 0.0,
+            save: 0.0,
+            prepare: 0.0,
+            likeness: Likeness::Predicted,
+            records: 0,
+            tokens: 0,
+            error: ERROR_PREDICTED,
+            duty: None,
+            watts: None,
+        }
     }
 
     /// The same where the preparation was just measured.
@@ -470,7 +502,8 @@ fn correction(records: &[&Record], line: Line) -> (f64, f64) {
         .iter()
         .map(|record| {
             let train = record.measured.train;
-            train.seconds / line.seconds(&Amount { batches: train.batches, gflop: train.gflop })
+            train.seconds
+                / line.seconds(&Amount { batches: train.batches, gflop: train.gflop, gigabytes: 0.0 })
         })
         .filter(|ratio| ratio.is_finite())
         .collect();
@@ -548,9 +581,9 @@ pub(super) mod tests {
         let work = Workload {
             steps: 4,
             tokens: 1000,
-            train: Amount { batches: 100, gflop: 5000.0 },
+            train: Amount { batches: 100, gflop: 5000.0, gigabytes: 0.0 },
             evaluations: 2,
-            eval: Amount { batches: 10, gflop: 100.0 },
+            eval: Amount { batches: 10, gflop: 100.0, gigabytes: 0.0 },
             saves: 3,
         };
         let speed = Speed::of(&[record(1, 1.0)], &setup(), &Machine::default(), None).unwrap();
@@ -561,6 +594,26 @@ pub(super) mod tests {
         close(parts.save, 6.0);
         close(parts.total(), 3.0 + 13.0 + 0.25 + 6.0);
         assert_eq!((speed.likeness, speed.error), (Likeness::Same, ERROR_ONE));
+    }
+
+    #[test]
+    fn a_prediction_is_the_bound_at_60_per_cent() {
+        let device = Device { name: "a chip".into(), flops: 1e12, bandwidth: 1e11 };
+        let work = Workload {
+            train: Amount { batches: 7, gflop: 3000.0, gigabytes: 100.0 },
+            eval: Amount { batches: 3, gflop: 300.0, gigabytes: 60.0 },
+            evaluations: 1,
+            ..Workload::default()
+        };
+        let speed = Speed::predicted(&work, &device);
+        let parts = speed.parts(&work);
+        // 3 s of arithmetic, 1 s of bytes; 0.3 s and 0.6 s.
+        close(parts.train, 3.0 / 0.6);
+        close(parts.evaluate, 0.6 / 0.6);
+        close(parts.total(), 6.0);
+        assert_eq!((speed.likeness, speed.error), (Likeness::Predicted, ERROR_PREDICTED));
+        let nothing = Workload::default();
+        close(Speed::predicted(&nothing, &device).parts(&nothing).total(), 0.0);
     }
 
     #[test]
@@ -582,7 +635,8 @@ pub(super) mod tests {
     fn a_night_on_a_busy_machine_does_not_move_the_median() {
         let records = [record(1, 1.0), record(2, 1.02), record(3, 3.0)];
         let speed = Speed::of(&records, &setup(), &Machine::default(), None).unwrap();
-        let work = Workload { train: Amount { batches: 4, gflop: 100.0 }, ..Workload::default() };
+        let work =
+            Workload { train: Amount { batches: 4, gflop: 100.0, gigabytes: 0.0 }, ..Workload::default() };
         close(speed.parts(&work).train, 0.24 * 1.02);
         assert!(speed.error > 1.9, "but it is told: {}", speed.error);
         // Only the newest count.
@@ -603,7 +657,8 @@ pub(super) mod tests {
         let scaled = of(&other).unwrap();
         assert_eq!(scaled.likeness, Likeness::SameDevice);
         // 0.24 s for 100 GFLOP.
-        let work = Workload { train: Amount { batches: 1, gflop: 1000.0 }, ..Workload::default() };
+        let work =
+            Workload { train: Amount { batches: 1, gflop: 1000.0, gigabytes: 0.0 }, ..Workload::default() };
         close(scaled.parts(&work).train, 2.4);
         assert_eq!(of(&elsewhere), None);
         let mode = |mode: &str| Machine { mode: Some(mode.into()), ..Machine::default() };

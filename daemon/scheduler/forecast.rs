@@ -13,6 +13,7 @@ use super::window::Windows;
 use crate::config::budget::{Budget, Window};
 use crate::governor::energy::night_of;
 use crate::plan::page::{self, Calendar, EnergyFacts, Limit, Night, Page, Refusal, Survey, Time, length};
+use crate::plan::roofline::Device;
 use crate::plan::throughput::{Likeness, Machine, Speed};
 use crate::units::Joules;
 use jiff::civil::Date;
@@ -321,6 +322,8 @@ pub struct Known {
     pub speed: Option<Speed>,
     /// Whether it was measured for this page.
     pub probed: bool,
+    /// What is computed on, for a prediction where nothing was measured; absent where nothing can be predicted.
+    pub device: Option<Device>,
 }
 
 /// The page of a run that would begin at `now`, and should be complete before `before`.
@@ -341,14 +344,15 @@ pub fn page(
         notes: Vec::new(),
     };
     page.refusals.extend(memory(&page.facts));
-    let Some(speed) = known.speed.clone() else {
+    let work = survey.workload;
+    let measured = known.speed.clone().map(|speed| speed.prepared_in(survey.prepared_in));
+    let device = known.device.as_ref().filter(|_| measured.is_none());
+    let Some(speed) = measured.or_else(|| device.map(|device| Speed::predicted(&work, device))) else {
         if before.is_some() {
             page.notes.push("whether it is complete in time is not known without the speed".into());
         }
         return page;
     };
-    let speed = speed.prepared_in(survey.prepared_in);
-    let work = survey.workload;
     let parts = speed.parts(&work);
     let duty = speed.duty.unwrap_or(1.0);
     let stretched = 1.0 + speed.error;
@@ -364,6 +368,7 @@ pub fn page(
         tokens_per_second: work.tokens as f64 / parts.train.max(1e-9),
         tokens: work.tokens,
         basis,
+        device: device.map(|device| device.name.clone()),
         records: speed.records,
         measured_tokens: speed.tokens,
         duty,

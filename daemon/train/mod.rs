@@ -1,7 +1,8 @@
-//! The training loop: schedule, micro-step, step, evaluation, and the run from spec to results; and the answers of what was
-//! trained.
+//! The training loop: schedule, micro-step, step, evaluation, and the run from spec to results; the answers of what was
+//! trained, and how fast a step is.
 
 pub mod answer;
+pub mod bench;
 pub mod device;
 pub mod gate;
 pub mod observer;

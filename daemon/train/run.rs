@@ -778,7 +778,7 @@ impl<'a, B: Backend> Run<'a, B> {
         if self.measured.preparations.times > 0
             && let (Some((gflop, seconds)), Some(line)) = (self.first, self.measured.train.line())
         {
-            let usual = line.seconds(&Amount { batches: 1, gflop });
+            let usual = line.seconds(&Amount { batches: 1, gflop, gigabytes: 0.0 });
             self.measured.preparations.seconds += (seconds - usual).max(0.0);
         }
         if let Some(measured) = self.measured.take() {

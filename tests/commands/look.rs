@@ -56,6 +56,51 @@ fn a_plan_knows_the_speed_from_a_probe_and_then_from_runs() {
 }
 
 #[test]
+fn a_plan_predicts_what_nobody_measured_and_says_so() {
+    let bench = Bench::new();
+    let on = ["plan", "spec.toml", "--on", "agx-orin-64gb:50W"];
+    let text = bench.call(&on).success();
+    assert_says(
+        &text,
+        &[
+            "tokens/s, predicted by the roofline of agx-orin-64gb in MODE_50W at 60 % of its bound, not measured",
+            "of computing",
+            "finish     ",
+            "time is that of agx-orin-64gb in MODE_50W; memory is what the run would take here",
+        ],
+    );
+    let plan = bench.call(&[&on[..], &["--json"]].concat()).json();
+    assert_eq!(plan["time"]["basis"], "roofline");
+    assert_eq!(plan["time"]["device"], "agx-orin-64gb in MODE_50W");
+    assert_eq!(plan["time"]["records"], 0);
+    let seconds = plan["time"]["seconds"].as_f64().unwrap();
+    let between = &plan["time"]["between"];
+    assert_eq!((between[0].as_f64().unwrap(), between[1].as_f64().unwrap()), (seconds / 2.0, seconds * 2.0));
+    assert!(plan["memory"]["available"].is_null() && plan["energy"].is_null());
+    // The CPU of this machine is not predicted, and what was measured here says nothing about the board.
+    assert!(bench.call(&["plan", "spec.toml", "--json"]).json()["time"].is_null());
+    bench.call(&["plan", "spec.toml", "--probe"]).success();
+    assert_eq!(bench.call(&[&on[..], &["--json"]].concat()).json()["time"]["seconds"], seconds);
+    let slow = bench.call(&["plan", "spec.toml", "--on", "agx-orin-64gb:MODE_15W", "--json"]).json();
+    assert!(slow["time"]["seconds"].as_f64().unwrap() > seconds);
+    let said = bench.call(&["plan", "spec.toml", "--on", "toaster"]).refusal(2);
+    assert_says(&said, &["no figures of \"toaster\"", "agx-orin-64gb:MAXN"]);
+}
+
+#[test]
+fn a_bench_says_what_there_is_to_measure() {
+    let bench = Bench::new();
+    for (arguments, expected) in [
+        (["bench", "--kernel", "convolution"], "there are step, nf4-dequantise, linear"),
+        (["bench", "--model", "GPT-5"], "SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B"),
+        (["bench", "--tokens", "0"], "0 is not in 1.."),
+        (["bench", "--device", "abacus"], "cuda, cpu"),
+    ] {
+        assert_says(&bench.call(&arguments).refusal(2), &[expected]);
+    }
+}
+
+#[test]
 fn a_plan_that_misses_its_moment_says_how_many_steps_would_not() {
     let bench = Bench::new();
     bench.call(&["plan", "spec.toml", "--probe"]).success();

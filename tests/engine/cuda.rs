@@ -19,7 +19,7 @@ use finetuned::train::schedule::Schedule;
 use finetuned::train::trainer::Trainer;
 use finetuned_cuda::cubins::Cubins;
 use finetuned_cuda::driver::{self, Driver};
-use finetuned_cuda::launcher::{Address, Launch, Launcher};
+use finetuned_cuda::launcher::{Address, Launch, Launcher, Mark};
 use finetuned_cuda::simt::{self, Order, Simt};
 use finetuned_cuda::{Device, Error, Properties};
 use std::path::Path;
@@ -319,6 +319,12 @@ impl Launcher for Counting {
     }
     fn synchronize(&self) -> Result<(), Error> {
         self.inner.synchronize()
+    }
+    fn mark(&self) -> Result<Mark, Error> {
+        self.inner.mark()
+    }
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<f64, Error> {
+        self.inner.elapsed(from, to)
     }
     fn free_memory(&self) -> Result<u64, Error> {
         self.inner.free_memory()

@@ -12,6 +12,7 @@ pub mod dropout;
 pub mod elementwise;
 pub mod linear;
 pub mod nf4;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;

@@ -15,6 +15,7 @@ use super::{Message, Owner, forward, on_disk, wall_us};
 use crate::checkpoint::FileError;
 use crate::plan::history::{self, NAME};
 use crate::plan::page::Survey;
+use crate::plan::roofline::Device;
 use crate::plan::throughput::{Machine, Measured, Origin, PerToken, Record};
 use crate::plan::{Page, Speed};
 use crate::reason::Reason;
@@ -349,7 +350,8 @@ fn answer(grounds: Grounds) -> Result<String, RequestError> {
             (speed.duty, speed.watts) = (duty, watts);
         }
     }
-    let mut page: Page = forecast::page(survey, &Known { speed, probed }, &outlook, before, &now);
+    let device = Device::of_machine(&survey.setup, &outlook.machine);
+    let mut page: Page = forecast::page(survey, &Known { speed, probed, device }, &outlook, before, &now);
     page.notes.extend(unmeasured.map(|why| format!("nothing was measured: {why}")));
     serde_json::to_string(&page)
         .map_err(|error| RequestError::Failed(format!("the plan cannot be written: {error}")))
