@@ -28,6 +28,9 @@ pub struct DemoArguments {
     /// Directory to unpack model and data to, and to train in
     #[arg(long, value_name = "DIR", default_value = "finetuned-demo")]
     output: PathBuf,
+    /// Unpack only, and say how to submit the run to the daemon
+    #[arg(long)]
+    unpack: bool,
     #[command(flatten)]
     threads: ThreadArguments,
 }
@@ -69,6 +72,12 @@ pub fn command(arguments: &DemoArguments) -> Result<Exit, Failure> {
     let dir = &arguments.output;
     unpack(dir)?;
     let spec_file = dir.join("demo.toml");
+    if arguments.unpack {
+        let submit: [OsString; 4] =
+            ["finetunectl".into(), "submit".into(), spec_file.into(), "--watch".into()];
+        console::result(&format!("{}\n", command_line(submit)))?;
+        return Ok(Exit::Done);
+    }
     let spec = Spec::load(&spec_file, &[])?;
     let prompts = prompts(dir)?;
     let output = free(&dir.join("runs"), &spec.run.name)?;

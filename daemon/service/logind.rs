@@ -10,9 +10,10 @@
 //!    └──── logind is gone for ABSENCE, or the bus: the runs go on ◄─────────────────┘
 //! ```
 //!
-//! The lock is a descriptor that logind gives (`Inhibit("sleep:shutdown", …, "delay")`): the machine waits until it is
-//! closed, for `InhibitDelayMaxUSec` at most (5 s by default). It is held all the time, not only while something
-//! trains: a run may begin while logind already counts the locks, and one that is closed at once delays nothing.
+//! The lock is two descriptors that logind gives (`Inhibit("sleep", …, "delay")`, and the same for `"shutdown"`): the
+//! machine waits until it is closed, for `InhibitDelayMaxUSec` at most (5 s by default). It is held all the time, not only
+//! while something trains: a run may begin while logind already counts the locks, and one that is closed at once delays
+//! nothing.
 //!
 //! What trains is saved and its worker ends. Memory survives a sleep, but what a GPU's driver keeps of a context need
 //! not; a worker that is gone cannot find out. The next one costs a preparation.
@@ -35,8 +36,9 @@ use zbus::{Connection, OwnedFd};
 /// logind's name.
 const LOGIND: WellKnownName<'static> = WellKnownName::from_static_str_unchecked("org.freedesktop.login1");
 
-/// What the lock delays.
-const WHAT: &str = "sleep:shutdown";
+/// What the lock delays. Each is asked for by itself, which polkit allows to everybody; for `sleep:shutdown` in one call
+/// logind (249 to 252) asks polkit for a right that only a person at the machine has.
+const WHAT: [&str; 2] = ["sleep", "shutdown"];
 
 /// Longest wait for an answer; of polkit, too, which logind asks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -193,10 +195,13 @@ struct Saving<'a> {
     done: Pin<Box<dyn Future<Output = ()> + Send + 'a>>,
 }
 
+/// A descriptor for each of [`WHAT`].
+type Lock = [OwnedFd; WHAT.len()];
+
 struct Guard<'a> {
     runs: &'a Runs,
     logind: LogindProxy<'static>,
-    lock: Option<OwnedFd>,
+    lock: Option<Lock>,
     /// How long the lock delays.
     limit: Duration,
     coming: Coming,
@@ -275,13 +280,8 @@ impl Guard<'_> {
 
     /// Takes a lock, in place of the one that there may be.
     async fn take_lock(&mut self) {
-        let why = "saves what it trains";
         self.retry = None;
-        let taken = match self.logind.inhibit(WHAT, "finetuned", why, "delay").await {
-            Ok(lock) => self.logind.inhibit_delay_max_usec().await.map(|limit| (lock, limit)),
-            Err(error) => Err(error),
-        };
-        match taken {
+        match self.ask_for_lock().await {
             Ok((lock, limit)) => {
                 self.limit = Duration::from_micros(limit).min(LONGEST);
                 self.lock = Some(lock);
@@ -300,6 +300,13 @@ impl Guard<'_> {
                 }
             }
         }
+    }
+
+    /// A lock, and how many microseconds it delays.
+    async fn ask_for_lock(&self) -> zbus::Result<(Lock, u64)> {
+        let ask = |what| self.logind.inhibit(what, "finetuned", "saves what it trains", "delay");
+        let lock = [ask(WHAT[0]).await?, ask(WHAT[1]).await?];
+        Ok((lock, self.logind.inhibit_delay_max_usec().await?))
     }
 }
 

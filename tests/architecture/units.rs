@@ -320,3 +320,17 @@ fn everything_in_systemd_is_installed() {
         .collect();
     assert!(missing.is_empty(), "cross/build does not install {missing:?}");
 }
+
+/// polkit answers questions about others only to root and to the owner of the action.
+#[test]
+fn the_daemon_may_ask_polkit_about_every_action() {
+    let policy = root().join("systemd/org.finetuned.Finetuned1.policy");
+    let policy = std::fs::read_to_string(policy).unwrap();
+    let user = unit("finetuned.service").values("User")[0].to_string();
+    let owner = format!("<annotate key=\"org.freedesktop.policykit.owner\">unix-user:{user}</annotate>");
+    let actions: Vec<&str> = policy.split("<action id=").skip(1).collect();
+    assert_eq!(actions.len(), finetuned::bus::authority::Action::ALL.len());
+    for action in actions {
+        assert!(action.contains(&owner), "no owner: {}", action.lines().next().unwrap());
+    }
+}

@@ -56,6 +56,15 @@ fn a_plan_predicts_how_long_the_demo_takes() {
 }
 
 #[test]
+fn unpacked_it_is_a_spec_for_the_daemon() {
+    let bench = Bench::new();
+    let out = bench.call(&["demo", "--output", "d", "--unpack"]).success();
+    assert_eq!(out, "finetunectl submit d/demo.toml --watch\n");
+    assert!(!bench.path("d/runs").exists());
+    bench.call(&["spec", "check", "d/demo.toml"]).success();
+}
+
+#[test]
 fn a_demo_that_was_changed_is_not_overwritten() {
     let bench = Bench::new();
     std::fs::create_dir(bench.path("d")).unwrap();

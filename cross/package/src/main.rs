@@ -10,6 +10,8 @@
 //!
 //! Everything is a function of the source: the only date is the one that is passed.
 
+#[cfg(test)]
+mod commands;
 mod completions;
 mod crates;
 mod interface;
