@@ -281,7 +281,7 @@ impl Guard<'_> {
     /// Takes a lock, in place of the one that there may be.
     async fn take_lock(&mut self) {
         self.retry = None;
-        match self.ask_for_lock().await {
+        match ask_for_lock(&self.logind).await {
             Ok((lock, limit)) => {
                 self.limit = Duration::from_micros(limit).min(LONGEST);
                 self.lock = Some(lock);
@@ -301,13 +301,13 @@ impl Guard<'_> {
             }
         }
     }
+}
 
-    /// A lock, and how many microseconds it delays.
-    async fn ask_for_lock(&self) -> zbus::Result<(Lock, u64)> {
-        let ask = |what| self.logind.inhibit(what, "finetuned", "saves what it trains", "delay");
-        let lock = [ask(WHAT[0]).await?, ask(WHAT[1]).await?];
-        Ok((lock, self.logind.inhibit_delay_max_usec().await?))
-    }
+/// A lock, and how many microseconds it delays.
+async fn ask_for_lock(logind: &LogindProxy<'static>) -> zbus::Result<(Lock, u64)> {
+    let ask = |what| logind.inhibit(what, "finetuned", "saves what it trains", "delay");
+    let lock = [ask(WHAT[0]).await?, ask(WHAT[1]).await?];
+    Ok((lock, logind.inhibit_delay_max_usec().await?))
 }
 
 fn verb(reason: Reason) -> &'static str {
