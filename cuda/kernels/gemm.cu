@@ -47,8 +47,9 @@ __device__ __forceinline__ void tiled(const Group& group) {
             ask(tile + STAGES - 1);  // to where the tile was that all have left behind
             const u32 stage = tile % STAGES;
             multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + stage * T::RIGHT, down, stage);
-            finish<SUM>(down, group, first, tile, tiles, m0, n0);
+            if constexpr (SUM) finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
+        if constexpr (!SUM) finish<SUM>(down, group, first, tiles - 1, tiles, m0, n0);
         cp_async_wait<0>();
     };
     if constexpr (MAKES)

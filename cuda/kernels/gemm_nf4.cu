@@ -120,8 +120,9 @@ __device__ __forceinline__ void fused(const Group& group) {
             dequantize(tile + 1);
             const u32 stage = tile % STAGES;
             multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + tile % 2 * T::RIGHT, down, stage);
-            finish<SUM>(down, group, first, tile, tiles, m0, n0);
+            if constexpr (SUM) finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
+        if constexpr (!SUM) finish<SUM>(down, group, first, tiles - 1, tiles, m0, n0);
         cp_async_wait<0>();
     };
     if constexpr (MAKES)
