@@ -5,7 +5,7 @@
 // As gemm.cu, but the right operand's tiles travel as codes, in the ring of the left's; a warp then dequantises a unit a tile
 // (a lane a row of 16 codes, which it copied itself, with one scale) into one of two tiles of bf16:
 //
-//     wait for tile k + 1 ─► barrier ─► ask for tile k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on tile k
+//     wait for tile k + 1 ─► barrier ─► ask for k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on k
 //
 // Dequantising and multiplying do not wait for each other. inputs is a multiple of 32 and of the block of scales.
 //

@@ -1,8 +1,8 @@
 //! Matrix products of `gemm.cu` and `gemm_nf4.cu`: linear layers over a frozen weight with a LoRA beside it, their input
 //! gradient, and the logits.
 //!
-//! A group of layers that share their input (q, k, v; gate, up) is one launch, beside a narrow one for the down products
-//! of their LoRA. `docs/kernels.md` has the paths; all of them give the same bits, so which one is taken is a matter of
+//! A group of layers that share their input (q, k, v; gate, up) is one launch, with a narrow one before it where the down
+//! products of their LoRA are not made beside it. `docs/kernels.md` has the paths; all of them give the same bits, so which one is taken is a matter of
 //! speed alone, and a row's result does not depend on the rows beside it.
 
 use super::Operation;
