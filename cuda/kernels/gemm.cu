@@ -2,10 +2,12 @@
 // U = scale·X·Aᵀ and G = scale·dY·B of a LoRA. gemm.cuh has the formula with its rounding points, and the order of the sums.
 //
 // Tiled (sizes in the name: rows × columns of a block): operands are copied by cp.async, 16 bytes a thread, into a ring of
-// four tiles of depth 32 (eight of the narrow ones), whose pieces are swizzled; ldmatrix and mma read them without bank conflicts. One barrier a tile:
+// four tiles of depth 32 (eight of the narrow ones), whose pieces are swizzled; ldmatrix and mma read them without bank
+// conflicts. One barrier a tile:
 //
 //     wait for tile k ─► barrier ─► ask for tile k + 3 ─► 2 steps of mma on tile k
 //
+// The kernels with `lora` in their names make the down product beside the main one (gemm.cuh, Resident).
 // It needs rows of `left` and `right` that begin at multiples of 16 bytes. The general kernels need nothing: they read what
 // cannot be read in pieces of 16 bytes element by element, one tile at a time.
 //
@@ -14,6 +16,7 @@
 // tile of 128 × 128 × 32 keeps the tensor cores of an Orin for 512 clocks and shared memory for 384 + 128 of them.
 #include <gemm.cuh>
 
+// Asks for a tile of the right operand.
 template <typename T, bool NN>
 __device__ __forceinline__ void copy_right(shared<bf16> to, const Part& part, u32 n0, u32 k) {
     constexpr u32 CHUNKS = right_chunks<T, NN>();
@@ -47,8 +50,9 @@ __device__ __forceinline__ void tiled(const Group& group) {
             ask(tile + STAGES - 1);  // to where the tile was that all have left behind
             const u32 stage = tile % STAGES;
             multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + stage * T::RIGHT, down, stage);
-            finish<SUM>(down, group, first, tile, tiles, m0, n0);
+            if constexpr (SUM) finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
+        if constexpr (!SUM) finish<SUM>(down, group, first, tiles - 1, tiles, m0, n0);
         cp_async_wait<0>();
     };
     if constexpr (MAKES)

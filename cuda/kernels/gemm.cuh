@@ -1,5 +1,5 @@
-// What the matrix products have in common: how a block finds its tile, fragments from shared memory, the LoRA tail, the
-// epilogue. gemm.cu and gemm_nf4.cu differ in how operands reach shared memory.
+// What the matrix products have in common: how a block finds its tile, fragments from shared memory, the down product beside
+// the main one, the LoRA tail, the epilogue. gemm.cu and gemm_nf4.cu differ in how operands reach shared memory.
 //
 //   out_p[m, n] = bf16((Σ_k left_p[m, k]·right_p[k, n] + Σ_j down_p[m, j]·up_p[j, n])·scale_p + bias_p[n])
 //   or, SUM:     out[m, n] = bf16(Σ_p Σ_k left_p[m, k]·right_p[k, n] + Σ_p Σ_j down_p[m, j]·up_p[j, n])
@@ -17,17 +17,17 @@
 
 // ops/linear.rs has the same structures.
 struct Part {
-    global<const bf16> left;   // [m, depth], rows left_stride apart; readable, and 0, up to the next multiple of 8
-    global<const bf16> right;  // dense: NT [columns, depth], NN [depth, columns]
-    global<const u8> packed;   // or in NF4, in the order of gemm_pack.cu
+    global<const bf16> left;    // [m, depth], rows left_stride apart; readable, and 0, up to the next multiple of 8
+    global<const bf16> right;   // dense: NT [columns, depth], NN [depth, columns]
+    global<const u8> packed;    // or in NF4, in the order of gemm_pack.cu
     Absmax absmax;
-    global<const float> bias;  // [columns] or null
-    global<const bf16> down;   // [m, rank]
-    global<const bf16> up;     // NT [columns, rank], NN [rank, columns]
+    global<const float> bias;   // [columns] or null
+    global<const bf16> down;    // [m, rank]
+    global<const bf16> up;      // NT [columns, rank], NN [rank, columns]
     global<const bf16> narrow;  // for the kernels that make `down` themselves: NT [rank, depth], NN [depth, rank]
     global<bf16> made;          // and where it goes, [m, rank]
-    global<bf16> out;          // [m, columns], rows out_stride apart; float for the kernels that say so
-    u64 threshold;             // of dropout: p·2³², 0 when there is none
+    global<bf16> out;           // [m, columns], rows out_stride apart; float for the kernels that say so
+    u64 threshold;              // of dropout: p·2³², 0 when there is none
     u32 left_stride, depth, columns, rank;
     u32 out_stride, block_shift;
     u32 first_tile;  // of columns, unless SUM; 2³² − 1 where there is no part
@@ -449,7 +449,8 @@ __device__ __forceinline__ void copy_left(shared<bf16> to, const Part& part, u32
     copy_tile<T::M, LEFT_CHUNKS, T::THREADS>(to, part.left, m0, k, m, part.depth, part.left_stride);
 }
 
-constexpr u32 BAND = 8;  // tiles of rows that are worked on side by side, so that what they share stays in the second-level cache
+// Tiles of rows that are worked on side by side, so that what they share stays in the second-level cache.
+constexpr u32 BAND = 8;
 
 // main_loop(acc, down, first, tiles, m0, n0) sums `tiles` tiles of depth from part `first` on. Down is Resident or Made. QUADS:
 // columns are a multiple of 4 where there is dropout.

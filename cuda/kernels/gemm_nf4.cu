@@ -5,7 +5,7 @@
 // As gemm.cu, but the right operand's tiles travel as codes, in the ring of the left's; a warp then dequantises a unit a tile
 // (a lane a row of 16 codes, which it copied itself, with one scale) into one of two tiles of bf16:
 //
-//     wait for tile k + 1 ─► barrier ─► ask for tile k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on tile k
+//     wait for tile k + 1 ─► barrier ─► ask for k + 3 and the scale of k + 2 ─► dequantise k + 1 ─► 2 steps of mma on k
 //
 // Dequantising and multiplying do not wait for each other. inputs is a multiple of 32 and of the block of scales.
 //
@@ -120,8 +120,9 @@ __device__ __forceinline__ void fused(const Group& group) {
             dequantize(tile + 1);
             const u32 stage = tile % STAGES;
             multiply_tile<T, NN>(acc, left + stage * T::LEFT, right + tile % 2 * T::RIGHT, down, stage);
-            finish<SUM>(down, group, first, tile, tiles, m0, n0);
+            if constexpr (SUM) finish<SUM>(down, group, first, tile, tiles, m0, n0);
         }
+        if constexpr (!SUM) finish<SUM>(down, group, first, tiles - 1, tiles, m0, n0);
         cp_async_wait<0>();
     };
     if constexpr (MAKES)

@@ -1,8 +1,8 @@
 //! Matrix products of `gemm.cu` and `gemm_nf4.cu`: linear layers over a frozen weight with a LoRA beside it, their input
 //! gradient, and the logits.
 //!
-//! A group of layers that share their input (q, k, v; gate, up) is one launch, beside a narrow one for the down products
-//! of their LoRA. `docs/kernels.md` has the paths; all of them give the same bits, so which one is taken is a matter of
+//! A group of layers that share their input (q, k, v; gate, up) is one launch, with a narrow one before it where the down
+//! products of their LoRA are not made beside it. `docs/kernels.md` has the paths; all of them give the same bits, so which one is taken is a matter of
 //! speed alone, and a row's result does not depend on the rows beside it.
 
 use super::Operation;
@@ -703,7 +703,7 @@ fn choose(
 
 /// What decides between the tables of a product with LoRA.
 struct Adapters {
-    /// Whether there are any, and the kernels have room for them all.
+    /// Whether there are any, and the kernels have room for them all. (A weight of no elements has no tile to be beside.)
     fit: bool,
     m: usize,
     columns: usize,
@@ -800,7 +800,9 @@ pub fn forward_with(
     let matrices: Vec<&Matrix> = wanted.iter().map(|&i| parts[i].weight).collect();
     let loras = || wanted.iter().filter_map(|&i| parts[i].lora.as_ref());
     let adapters = Adapters {
-        fit: loras().next().is_some() && loras().all(|lora| lora.rank <= WIDTH && lora.input.is_none()),
+        fit: loras().next().is_some()
+            && loras().all(|lora| lora.rank <= WIDTH && lora.input.is_none())
+            && matrices.iter().all(|matrix| matrix.len() > 0),
         m,
         columns: matrices.iter().map(|matrix| matrix.outputs).sum(),
     };
@@ -904,7 +906,10 @@ pub fn input_gradient_with(
     let ranks = || parts.iter().filter_map(|part| part.lora.as_ref()).map(|lora| lora.rank);
     let ranks_aligned = ranks().all(|rank| rank.is_multiple_of(8));
     let adapters = Adapters {
-        fit: ranks().next().is_some() && ranks_aligned && ranks().all(|rank| rank <= WIDTH),
+        fit: ranks().next().is_some()
+            && ranks_aligned
+            && ranks().all(|rank| rank <= WIDTH)
+            && matrices.iter().all(|matrix| matrix.len() > 0),
         m,
         columns: inputs,
     };

@@ -245,6 +245,8 @@ fn inside(what: &str, values: &Values) -> Vec<f64> {
 /// ranks below, at and above a step of 16; narrow k and v beside q.
 const CASES: &[(usize, usize, &[Layer])] = &[
     (0, 64, &[layer(32, Plain(64), true, Some(8))]),
+    (2, 8, &[layer(0, Dense, true, Some(8))]),
+    (33, 256, &[layer(40, Plain(128), true, Some(8))]),
     (1, 1, &[layer(1, Dense, true, Some(1))]),
     (3, 33, &[layer(17, Dense, false, Some(3))]),
     (17, 40, &[layer(24, Dense, true, None)]),
