@@ -547,6 +547,11 @@ EXPORT int cuDevicePrimaryCtxRetain(void** handle, int) {
     return call.end();
 }
 
+EXPORT int cuDevicePrimaryCtxSetFlags_v2(int, unsigned) {
+    BEGIN(ANYWHERE);
+    return call.end();
+}
+
 EXPORT int cuDevicePrimaryCtxRelease_v2(int) {
     BEGIN(ANYWHERE);
     if (s.retained == 0) return call.end(INVALID_CONTEXT);

@@ -24,6 +24,9 @@ const OLDEST_DRIVER: i32 = 12_020;
 /// Ampere: mma on bf16, cp.async.
 const OLDEST_SM: u32 = 80;
 
+/// `CU_CTX_SCHED_BLOCKING_SYNC`
+const BLOCKING_SYNC: u32 = 4;
+
 /// A GPU.
 pub struct Driver {
     device: sys::CUdevice,
@@ -137,6 +140,12 @@ impl Driver {
     /// One sentence that says what is missing, or what CUDA said.
     pub fn open(index: usize, cubins: &Cubins) -> Result<Arc<Driver>, Error> {
         let (device, properties) = look_at(index)?;
+        if properties.integrated {
+            // A thread that waits for a Jetson's GPU sleeps: by default it spins, which costs a core of the power budget.
+            // SAFETY: a device that the driver has handed out.
+            let set = unsafe { sys::cuDevicePrimaryCtxSetFlags_v2(device, BLOCKING_SYNC) }.result();
+            cuda(set, || format!("setting up {}", properties.name))?;
+        }
         // SAFETY: a device that the driver has handed out.
         let context =
             cuda(unsafe { result::primary_ctx::retain(device) }, || format!("opening {}", properties.name))?;
@@ -259,8 +268,10 @@ impl Launcher for Driver {
 
     unsafe fn free(&self, address: Address) {
         if self.bind().is_ok() {
-            // SAFETY: the caller's promise. The driver waits for what uses it.
-            let _ = unsafe { result::free_sync(address.0) };
+            // SAFETY: the caller's promise. `cuMemFree` "may" wait for kernels that use the memory; we do.
+            let _ = unsafe {
+                result::stream::synchronize(self.stream).and_then(|()| result::free_sync(address.0))
+            };
         }
     }
 

@@ -84,6 +84,16 @@ impl<T: Element> Buffer<T> {
         }
     }
 
+    /// The same memory as elements of another type, as many as it holds whole.
+    pub fn cast<U: Element>(&self) -> Buffer<U> {
+        Buffer {
+            allocation: self.allocation.clone(),
+            offset: self.offset,
+            len: self.len * size_of::<T>() / size_of::<U>(),
+            element: PhantomData,
+        }
+    }
+
     fn bytes(&self) -> u64 {
         (self.len * size_of::<T>()) as u64
     }

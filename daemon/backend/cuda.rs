@@ -46,8 +46,12 @@ pub const ARITHMETIC: u32 = 1;
 /// Memory that is left to everybody else where device memory is the system's: `memory_floor` of the daemon, by default.
 const FLOOR: u64 = 1 << 30;
 
-/// Logits that exist at a time, as on the CPU: 32 MiB of f32.
-const LOGITS: usize = 8 << 20;
+/// Logits that exist at a time: 256 MiB of f32, 512 rows of a vocabulary of 131,072. The head is read twice for each chunk
+/// of rows, so chunks of 32 MiB, as the CPU has them, would read it 64 times for 2,048 tokens.
+const LOGITS: usize = 64 << 20;
+
+/// Partial sums of squares, and the norm behind them at a place that vectors can be read from.
+const SQUARES: usize = adamw::PARTIALS + 32;
 
 /// Rows of a prompt that meet the cache at a time.
 const CACHED_ROWS: usize = 64;
@@ -226,37 +230,67 @@ impl Cuda {
         m: usize,
         weights: impl Iterator<Item = &'m CudaMatrix>,
     ) -> &'a mut linear::Scratch {
-        let quantised: Vec<_> =
-            weights.filter_map(|matrix| Some((matrix.weight.block()?, matrix.weight.shape()))).collect();
-        let shapes: Vec<_> = quantised.iter().map(|(_, shape)| *shape).collect();
-        let needed = quantised
-            .first()
-            .map_or(0, |(block, _)| linear::scratch_needed(self.device.properties(), m, *block, &shapes));
+        let (mut quantised, mut blocks, mut dense) = (Vec::new(), Vec::new(), false);
+        for matrix in weights {
+            match matrix.weight.block() {
+                Some(block) => {
+                    quantised.push(matrix.weight.shape());
+                    blocks.push(block);
+                }
+                None => dense = true,
+            }
+        }
+        let needed = match blocks.first() {
+            None => 0,
+            // A group with a weight that is dense, as some checkpoints have, is dequantised as a whole.
+            Some(&first) if dense || blocks.iter().any(|&block| block != first) => {
+                linear::scratch_elements(&quantised)
+            }
+            Some(&block) => linear::scratch_needed(self.device.properties(), m, block, &quantised),
+        };
         self.room_to_dequantise(scratch, needed)
     }
 
-    /// One projection of a few rows.
-    fn small(
+    /// Room for a head, which is dequantised where it is quantised at all.
+    fn room_for_head<'a>(
+        &self,
+        scratch: &'a mut Option<linear::Scratch>,
+        head: &CudaMatrix,
+    ) -> &'a mut linear::Scratch {
+        let needed = head.weight.block().map_or(0, |_| linear::scratch_elements(&[head.weight.shape()]));
+        self.room_to_dequantise(scratch, needed)
+    }
+
+    /// The projections of a few rows.
+    fn linear_of_few(
         &self,
         rows: usize,
         inputs: usize,
         x: &Buffer<bf16>,
-        p: &mut Projection<'_, Self>,
+        projections: &mut [Projection<'_, Self>],
         room: &mut linear::Scratch,
     ) {
-        let weight = &p.weight.weight;
-        let adapter = p.lora.as_ref().zip(p.down.as_deref_mut()).map(|(lora, down)| {
-            let (a, b, rank) = (lora.a.working(), lora.b.working(), lora.rank);
-            let down = down.activation_mut();
-            let scale = lora.scale as f32;
-            let lora = Some(linear::Lora { a, b, rank, scale, down: &mut *down, input: None });
-            let mut part = [linear::Forward { weight, bias: None, lora, y: None }];
-            done(linear::forward(rows, inputs, x, &mut part, room));
-            small::Adapter { rank, down: &*down, b }
-        });
-        if let Some(y) = p.output.as_deref_mut() {
+        let mut downs: Vec<linear::Forward<'_>> = projections
+            .iter_mut()
+            .filter_map(|p| {
+                let (lora, down) = p.lora.as_ref().zip(p.down.as_deref_mut())?;
+                let (a, b, down) = (lora.a.working(), lora.b.working(), down.activation_mut());
+                let (rank, scale) = (lora.rank, lora.scale as f32);
+                let lora = Some(linear::Lora { a, b, rank, scale, down, input: None });
+                Some(linear::Forward { weight: &p.weight.weight, bias: None, lora, y: None })
+            })
+            .collect();
+        done(linear::forward(rows, inputs, x, &mut downs, room));
+        drop(downs);
+        for p in projections {
+            let Some(y) = p.output.as_deref_mut() else { continue };
+            let adapter = p.lora.as_ref().zip(p.down.as_deref()).map(|(lora, down)| small::Adapter {
+                rank: lora.rank,
+                down: down.activation(),
+                b: lora.b.working(),
+            });
             let bias = p.bias.map(CudaTensor::float);
-            done(small::product(rows, x, weight, adapter, bias, y.activation_mut()));
+            done(small::product(rows, x, &p.weight.weight, adapter, bias, y.activation_mut()));
         }
     }
 
@@ -418,7 +452,7 @@ impl Backend for Cuda {
         for buffer in down {
             buffer.at_least(&self.slabs, sizes.down);
         }
-        squares.at_least(&self.slabs, adamw::PARTIALS);
+        squares.at_least(&self.slabs, SQUARES);
         let buffers = done(room(&self.pool, &mut self.slabs.borrow_mut(), shape.tokens));
         self.pool.borrow_mut().push(buffers);
         *self.longest.borrow_mut() = shape.longest;
@@ -578,10 +612,7 @@ impl Backend for Cuda {
         // that, and the tokens of an answer are computed one by one.
         if batch.len() <= small::MOST_ROWS && batch.labelled_positions() == 0 {
             let room = self.room_to_dequantise(dequantised, 0);
-            for p in projections {
-                self.small(batch.len(), inputs, x, p, room);
-            }
-            return;
+            return self.linear_of_few(batch.len(), inputs, x, projections, room);
         }
         let room = self.room_for(dequantised, batch.len(), projections.iter().map(|p| p.weight));
         let dropouts = projections.iter().map(|p| p.lora.as_ref().and_then(|lora| lora.dropout));
@@ -808,7 +839,7 @@ impl Backend for Cuda {
         let step = chunk(vocabulary);
         let mut scratch = self.scratch.borrow_mut();
         let Scratch { dequantised, logits, losses, .. } = &mut *scratch;
-        let room = self.room_for(dequantised, step, std::iter::once(head));
+        let room = self.room_for_head(dequantised, head);
         let logits = logits.at_least(&self.slabs, step.min(count) * stride);
         let losses = losses.at_least(&self.slabs, count);
         let mut dh = dh.map(CudaTensor::activation_mut);
@@ -840,7 +871,7 @@ impl Backend for Cuda {
     fn square_sum(&self, tensors: &[&CudaTensor]) -> f64 {
         let Some(flat) = whole(tensors.iter().copied()) else { return 0.0 };
         let mut scratch = self.scratch.borrow_mut();
-        let partials = scratch.squares.at_least(&self.slabs, adamw::PARTIALS);
+        let partials = scratch.squares.at_least(&self.slabs, SQUARES);
         let parts = done(adamw::square_sum(flat.value.len(), &flat.value, partials));
         done(partials.read(parts)).iter().sum()
     }
@@ -872,7 +903,7 @@ impl Backend for Cuda {
             v: v.value.share(),
         };
         let mut scratch = self.scratch.borrow_mut();
-        let partials = scratch.squares.at_least(&self.slabs, adamw::PARTIALS + 32);
+        let partials = scratch.squares.at_least(&self.slabs, SQUARES);
         let mut norm = done(partials.slice(adamw::PARTIALS, 1));
         let mut partials = done(partials.slice(0, adamw::PARTIALS));
         let len = value.value.len();

@@ -10,35 +10,25 @@ use std::cell::RefCell;
 use std::ops::Deref;
 use std::rc::Rc;
 
-/// Room for a micro-batch of up to `capacity` tokens.
+/// Room for a micro-batch of up to `capacity` tokens: one buffer, which one copy fills.
 pub struct Buffers {
     capacity: usize,
-    tokens: Buffer<u32>,
-    positions: Buffer<u32>,
-    targets: Buffer<i32>,
-    labelled: Buffer<u32>,
-    cu_seqlens: Buffer<u32>,
-    sequence_offsets: Buffer<u32>,
-    sequence_keys: Buffer<u64>,
+    words: Buffer<u32>,
 }
 
+/// Every part begins at a multiple of so many words, 256 bytes.
+const ALIGNMENT: usize = 64;
+
 impl Buffers {
-    /// Bytes of a token in all of them.
-    pub const TOKEN: usize = 6 * 4 + 8;
+    /// Bytes of a token in all parts: its id, position and target, its place among the labelled, the ends of an example
+    /// and of a sequence, and a sequence's key.
+    pub const TOKEN: usize = 4 * 8;
 
     /// Takes the memory.
     pub fn new(slabs: &mut Slabs, capacity: usize) -> Result<Buffers, Error> {
-        Ok(Buffers {
-            capacity,
-            tokens: slabs.buffer(capacity)?,
-            positions: slabs.buffer(capacity)?,
-            targets: slabs.buffer(capacity)?,
-            labelled: slabs.buffer(capacity)?,
-            // No sequence and no example is empty, but for those of a batch of nothing.
-            cu_seqlens: slabs.buffer(capacity + 1)?,
-            sequence_offsets: slabs.buffer(capacity + 1)?,
-            sequence_keys: slabs.buffer(capacity.max(1))?,
-        })
+        // Six parts of words and one of double words; a list of ends is longer by one, and each may begin later.
+        let words = capacity * 8 + 2 + 7 * ALIGNMENT;
+        Ok(Buffers { capacity, words: slabs.buffer(words)? })
     }
 }
 
@@ -80,24 +70,38 @@ impl CudaBatch {
     /// Copies a batch to the GPU.
     pub fn new(host: Batch, mut buffers: Buffers, pool: Pool) -> Result<CudaBatch, Error> {
         let targets: Vec<i32> = host.labelled.iter().map(|&at| host.targets[at as usize]).collect();
-        buffers.tokens.write(&host.tokens)?;
-        buffers.positions.write(&host.positions)?;
-        buffers.targets.write(&targets)?;
-        buffers.labelled.write(&host.labelled)?;
-        buffers.cu_seqlens.write(&host.cu_seqlens)?;
-        buffers.sequence_offsets.write(&host.sequence_offsets)?;
-        buffers.sequence_keys.write(&host.sequence_keys)?;
+        let parts: [&[u32]; 7] = [
+            &host.tokens,
+            &host.positions,
+            bytemuck::cast_slice(&targets),
+            &host.labelled,
+            &host.cu_seqlens,
+            &host.sequence_offsets,
+            bytemuck::cast_slice(&host.sequence_keys),
+        ];
+        let mut words = Vec::new();
+        let mut places = Vec::with_capacity(parts.len());
+        for part in parts {
+            words.resize(words.len().next_multiple_of(ALIGNMENT), 0);
+            places.push((words.len(), part.len()));
+            words.extend_from_slice(part);
+        }
+        buffers.words.write(&words)?;
+        let part = |i: usize| {
+            let (start, len) = places[i];
+            buffers.words.slice(start, len)
+        };
         let longest = |offsets: &[u32]| offsets.windows(2).map(|ends| ends[1] - ends[0]).max().unwrap_or(0);
         Ok(CudaBatch {
-            tokens: buffers.tokens.share(),
-            positions: buffers.positions.share(),
-            targets: buffers.targets.share(),
-            labelled: buffers.labelled.share(),
-            cu_seqlens: buffers.cu_seqlens.share(),
+            tokens: part(0)?,
+            positions: part(1)?,
+            targets: part(2)?.cast(),
+            labelled: part(3)?,
+            cu_seqlens: part(4)?,
             longest: longest(&host.cu_seqlens) as usize,
             sequences: Sequences {
-                offsets: buffers.sequence_offsets.share(),
-                keys: buffers.sequence_keys.share(),
+                offsets: part(5)?,
+                keys: part(6)?.cast(),
                 count: host.sequence_keys.len(),
                 longest: longest(&host.sequence_offsets) as usize,
                 tokens: host.len(),
