@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::launcher::{Address, Launch, Launcher, Mark};
+use crate::tuned::Tuned;
 use std::sync::Arc;
 
 /// What a device says of itself. An Orin in its shipped 30 W mode has 8 SMs, not 16, at half the clock: nothing here is
@@ -34,12 +35,23 @@ pub struct Properties {
 #[derive(Clone)]
 pub struct Device {
     launcher: Arc<dyn Launcher>,
+    tuned: Arc<Tuned>,
 }
 
 impl Device {
     /// The device behind a launcher.
     pub fn new(launcher: Arc<dyn Launcher>) -> Device {
-        Device { launcher }
+        Device { launcher, tuned: Arc::default() }
+    }
+
+    /// The same device with tables of tiles that were measured on it. They change no result.
+    pub fn with_tiles(self, tuned: Tuned) -> Device {
+        Device { tuned: Arc::new(tuned), ..self }
+    }
+
+    /// The measured tables.
+    pub(crate) fn tuned(&self) -> &Tuned {
+        &self.tuned
     }
 
     /// What it is.

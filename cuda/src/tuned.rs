@@ -91,6 +91,12 @@ impl Tuned {
         rows.find(|(_, up_to, _)| m <= *up_to).map(|(.., row)| *row)
     }
 
+    /// The row for a product of `m` rows in the place of `table`; `None` where nothing was measured.
+    pub fn instead_of(&self, table: &'static [Row], m: usize) -> Option<&'static Row> {
+        let (name, _) = TABLES.iter().find(|(_, of)| std::ptr::eq(*of, table))?;
+        self.row(name, m)
+    }
+
     /// Lines.
     pub fn len(&self) -> usize {
         self.rows.len()

@@ -35,6 +35,7 @@ use finetuned_cuda::ops::{
 use finetuned_cuda::{Buffer, Device, Element, Error, Properties};
 use half::bf16;
 use std::cell::RefCell;
+use std::path::Path;
 use std::sync::Arc;
 use tensor::{Flat, Parameter, whole};
 
@@ -124,7 +125,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(device: &Properties, s: StepShape) -> Sizes {
+    fn of(device: &Device, s: StepShape) -> Sizes {
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let (h, f) = (s.hidden, s.intermediate);
         // All of a block: what its recomputation has dequantised serves its input gradients, too.
@@ -136,7 +137,7 @@ impl Sizes {
         let partials = |inputs, outputs: &[usize]| {
             let part = |&outputs| PartShape { outputs, rank: s.rank, own_input: s.dropout };
             let parts: Vec<PartShape> = outputs.iter().map(part).collect();
-            adapter_gradient::scratch_elements(device, s.tokens, sequences, inputs, &parts)
+            adapter_gradient::scratch_elements(device.properties(), s.tokens, sequences, inputs, &parts)
         };
         let rows = chunk(s.vocabulary).min(s.labelled);
         Sizes {
@@ -170,14 +171,21 @@ fn done<T>(result: Result<T, Error>) -> T {
 }
 
 impl Cuda {
-    /// A backend on the first GPU. `cubins` says where its kernels come from.
+    /// A backend on the first GPU. `cubins` says where its kernels come from, `tiles` is the file in which `finetuned bench`
+    /// leaves what it measured.
     ///
     /// # Errors
     /// What is missing, or what CUDA said.
-    pub fn open(cubins: &Cubins) -> Result<Cuda, Error> {
+    pub fn open(cubins: &Cubins, tiles: &Path) -> Result<Cuda, Error> {
         let driver = Driver::open(0, cubins)?;
         let compilers = driver.compilers().join(" ");
-        Ok(Cuda::new(Device::new(driver), &compilers))
+        let device = Device::new(driver);
+        let (tuned, problems) = tiles::read(tiles, device.properties()).unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            Default::default()
+        });
+        problems.iter().for_each(|problem| tracing::warn!("{}: {problem}", tiles.display()));
+        Ok(Cuda::new(device.with_tiles(tuned), &compilers))
     }
 
     /// A backend on `device`, whose kernels `compilers` made.
@@ -246,7 +254,7 @@ impl Cuda {
             Some(&first) if dense || blocks.iter().any(|&block| block != first) => {
                 linear::scratch_elements(&quantised)
             }
-            Some(&block) => linear::scratch_needed(self.device.properties(), m, block, &quantised),
+            Some(&block) => linear::scratch_needed(&self.device, m, block, &quantised),
         };
         self.room_to_dequantise(scratch, needed)
     }
@@ -433,11 +441,11 @@ impl Backend for Cuda {
     }
 
     fn scratch_bytes(&self, shape: StepShape) -> u64 {
-        Sizes::of(self.device.properties(), shape).bytes(shape.tokens)
+        Sizes::of(&self.device, shape).bytes(shape.tokens)
     }
 
     fn reserve(&self, shape: StepShape) {
-        let sizes = Sizes::of(self.device.properties(), shape);
+        let sizes = Sizes::of(&self.device, shape);
         let mut scratch = self.scratch.borrow_mut();
         let Scratch { dequantised, partials, attention, logits, losses, down, dropped, squares } =
             &mut *scratch;

@@ -100,14 +100,12 @@ pub fn plan(
 pub fn step_shape(base: &Base, layout: &AdapterLayout, batch: MicroBatch) -> StepShape {
     let config = &base.config;
     StepShape {
-        block: base
-            .layers
-            .iter()
-            .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down])
-            .find_map(|linear| match &linear.weight {
+        block: base.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]).find_map(
+            |linear| match &linear.weight {
                 FrozenMatrix::Nf4(matrix) => Some(matrix.block),
                 FrozenMatrix::Dense(_) => None,
-            }),
+            },
+        ),
         tokens: batch.tokens,
         labelled: batch.labelled,
         longest: batch.longest,

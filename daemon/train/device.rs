@@ -85,7 +85,7 @@ pub fn choose(
         Err(error) => return Err(PrepareError::Device(error)),
     }
     let cubins = Cubins::new(vec![SHIPPED.into()], Some(cache.join("kernels")), None);
-    let cuda = Cuda::open(&cubins).map_err(PrepareError::Device)?;
+    let cuda = Cuda::open(&cubins, &cache.join(cuda::tiles::NAME)).map_err(PrepareError::Device)?;
     Ok(Chosen::Cuda(Box::new(cuda)))
 }
 

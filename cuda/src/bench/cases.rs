@@ -193,7 +193,7 @@ fn shape(m: usize, group: &Group) -> String {
 /// Whether the product's own table fuses at so many rows.
 fn fuses(device: &Device, m: usize, group: &Group) -> bool {
     let shapes: Vec<(usize, usize)> = group.outputs.iter().map(|&outputs| (outputs, group.inputs)).collect();
-    linear::scratch_needed(device.properties(), m, nf4::BLOCK, &shapes) == 0
+    linear::scratch_needed(device, m, nf4::BLOCK, &shapes) == 0
 }
 
 /// Operations of a group of layers, and bytes of everything but the weights.

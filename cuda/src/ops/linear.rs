@@ -8,7 +8,7 @@
 use super::Operation;
 use super::dropout::Sequences;
 use super::nf4::{Absmax, RawAbsmax, dequantize};
-use crate::device::{Device, Properties};
+use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::{self, Kernel};
 use crate::launcher::{Address, Argument, Launch};
@@ -184,11 +184,12 @@ pub fn scratch_elements(group: &[(usize, usize)]) -> usize {
 
 /// Elements of [`Scratch`] that products of `m` rows with a group of weights in NF4 need: [`scratch_elements`], or none where
 /// the kernels dequantise on their way. `block` is the number of elements that share a scale.
-pub fn scratch_needed(device: &Properties, m: usize, block: usize, group: &[(usize, usize)]) -> usize {
+pub fn scratch_needed(device: &Device, m: usize, block: usize, group: &[(usize, usize)]) -> usize {
     // Rows of dY that do not begin at multiples of 16 bytes are for the general kernel.
     let units = group.iter().all(|&(outputs, inputs)| in_units(inputs, block) && outputs.is_multiple_of(8));
-    let fused = |table| select(table, device, m).is_some_and(is_fused);
-    if units && fused(&FORWARD_NF4) && fused(&GRADIENT_NF4) { 0 } else { scratch_elements(group) }
+    let fused = |table: &'static [Row]| of_table(device, table, m).is_some_and(is_fused);
+    let tables: [&'static [Row]; 4] = [&FORWARD_NF4, &FORWARD_NF4_LORA, &GRADIENT_NF4, &GRADIENT_NF4_LORA];
+    if units && tables.into_iter().all(fused) { 0 } else { scratch_elements(group) }
 }
 
 impl Matrix {
@@ -693,12 +694,39 @@ fn choose(
     general: &'static Row,
     aligned: bool,
     m: usize,
+    columns: usize,
 ) -> &'static Row {
     match asked {
         _ if !aligned => general,
         Some(row) => row,
-        None => select(table, device.properties(), m).unwrap_or(general),
+        None => of_table(device, table, m)
+            .map_or(general, |row| filling(device.properties().multiprocessors, table, row, m, columns)),
     }
+}
+
+/// The row of a table for `m` rows: as measured on this device, else as the program has it.
+fn of_table(device: &Device, table: &'static [Row], m: usize) -> Option<&'static Row> {
+    device.tuned().instead_of(table, m).or_else(|| select(table, device.properties(), m))
+}
+
+/// The row, or one with smaller tiles where its blocks would leave multiprocessors idle: the largest tile that gives each a
+/// block, else the one that gives the most of them one. Whether it dequantises on its way stays as it was.
+fn filling(
+    multiprocessors: u32,
+    table: &'static [Row],
+    row: &'static Row,
+    m: usize,
+    columns: usize,
+) -> &'static Row {
+    let blocks = |row: &Row| m.div_ceil(row.tile_m) * columns.div_ceil(row.tile_n);
+    let enough = multiprocessors as usize;
+    if blocks(row) >= enough {
+        return row;
+    }
+    let others = || table.iter().filter(|other| is_fused(other) == is_fused(row) && other.sm == row.sm);
+    let area = |row: &&Row| row.tile_m * row.tile_n;
+    let filled = others().filter(|other| blocks(other) >= enough).max_by_key(area);
+    filled.or_else(|| others().max_by_key(|other| (blocks(other), area(other)))).unwrap_or(row)
 }
 
 /// What decides between the tables of a product with LoRA.
@@ -808,7 +836,8 @@ pub fn forward_with(
     };
     let tables = [&FORWARD[..], &FORWARD_LORA, &FORWARD_NF4, &FORWARD_NF4_LORA];
     let table = table_for(tables, &matrices, adapters.beside());
-    let row = choose(device, row, table, &FORWARD_GENERAL, aligned, m);
+    let columns = matrices.iter().map(|matrix| matrix.outputs).sum();
+    let row = choose(device, row, table, &FORWARD_GENERAL, aligned, m, columns);
     adapters.check(operation, row)?;
     let operands = operands(operation, row, &matrices, scratch)?;
 
@@ -916,7 +945,7 @@ pub fn input_gradient_with(
     let tables = [&GRADIENT[..], &GRADIENT_LORA, &GRADIENT_NF4, &GRADIENT_NF4_LORA];
     let table = table_for(tables, &matrices, adapters.beside());
     let aligned = outputs_aligned && inputs.is_multiple_of(8);
-    let row = choose(&device, row, table, &GRADIENT_GENERAL, aligned, m);
+    let row = choose(&device, row, table, &GRADIENT_GENERAL, aligned, m, inputs);
     adapters.check(operation, row)?;
     let operands = dx.as_ref().map(|_| operands(operation, row, &matrices, scratch)).transpose()?;
 
@@ -1022,7 +1051,8 @@ pub fn logits_with(
         return Ok(());
     }
     let device = h.device();
-    let row = choose(device, row, &LOGITS, &LOGITS_GENERAL, hidden.is_multiple_of(8), m);
+    let vocabulary = head.outputs;
+    let row = choose(device, row, &LOGITS, &LOGITS_GENERAL, hidden.is_multiple_of(8), m, vocabulary);
     let operands = operands(operation, row, &[head], scratch)?;
     let mut product = Product::new(operation, m)?;
     let (left, out) = (product.pass(h.input()), product.pass(out.output()));
@@ -1073,7 +1103,7 @@ pub fn logits_gradient_with(
     }
     let device = d.device();
     let aligned = hidden.is_multiple_of(8) && stride.is_multiple_of(4);
-    let row = choose(device, row, &GRADIENT, &GRADIENT_GENERAL, aligned, m);
+    let row = choose(device, row, &GRADIENT, &GRADIENT_GENERAL, aligned, m, hidden);
     let operands = operands(operation, row, &[head], scratch)?;
     let mut product = Product::new(operation, m)?;
     let (left, out) = (product.pass(d.input()), product.pass(dh.output()));
@@ -1142,5 +1172,22 @@ mod tests {
         assert_eq!(Matrix::packed_bytes(64, 128, 64), 64 * 128 / 2);
         assert_eq!(Matrix::packed_bytes(33, 128, 64), 64 * 128 / 2);
         assert_eq!(Matrix::packed_bytes(3, 33, 64), 50);
+    }
+
+    /// 512 rows of 2,048 columns are 64 blocks of 128 × 128: enough for an Orin, not for 132 multiprocessors.
+    #[test]
+    fn smaller_tiles_where_multiprocessors_would_idle() {
+        let tile = |multiprocessors, m, columns| {
+            let row = filling(multiprocessors, &FORWARD, &FORWARD[2], m, columns);
+            (row.tile_m, row.tile_n)
+        };
+        assert_eq!(tile(16, 512, 2048), (128, 128));
+        assert_eq!(tile(132, 512, 2048), (64, 64));
+        assert_eq!(tile(132, 512, 576), (32, 64), "72 blocks of 64 × 64, 144 of 32 × 64");
+        assert_eq!(tile(132, 64, 64), (32, 64), "no tile fills it: the most blocks");
+        let fused = filling(132, &FORWARD_NF4, &FORWARD_NF4[2], 512, 2048);
+        assert!(is_fused(fused) && fused.tile_m == 64);
+        // What is dequantised first stays so.
+        assert!(!is_fused(filling(132, &FORWARD_NF4, &FORWARD_NF4[3], 128, 128)));
     }
 }
