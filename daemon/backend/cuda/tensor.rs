@@ -48,7 +48,7 @@ impl CudaTensor {
     pub fn activation(&self) -> &Buffer<bf16> {
         match self {
             CudaTensor::Activation(buffer) => buffer,
-            _ => unreachable!("an operation on activations was given something else"),
+            _ => wrong_kind(),
         }
     }
 
@@ -56,7 +56,7 @@ impl CudaTensor {
     pub fn activation_mut(&mut self) -> &mut Buffer<bf16> {
         match self {
             CudaTensor::Activation(buffer) => buffer,
-            _ => unreachable!("an operation on activations was given something else"),
+            _ => wrong_kind(),
         }
     }
 
@@ -64,7 +64,7 @@ impl CudaTensor {
     pub fn float(&self) -> &Buffer<f32> {
         match self {
             CudaTensor::Float(buffer) | CudaTensor::Parameter(Parameter { value: buffer, .. }) => buffer,
-            CudaTensor::Activation(_) => unreachable!("an operation on floats was given activations"),
+            CudaTensor::Activation(_) => wrong_kind(),
         }
     }
 
@@ -72,7 +72,7 @@ impl CudaTensor {
     pub fn float_mut(&mut self) -> &mut Buffer<f32> {
         match self {
             CudaTensor::Float(buffer) | CudaTensor::Parameter(Parameter { value: buffer, .. }) => buffer,
-            CudaTensor::Activation(_) => unreachable!("an operation on floats was given activations"),
+            CudaTensor::Activation(_) => wrong_kind(),
         }
     }
 
@@ -80,9 +80,14 @@ impl CudaTensor {
     pub fn working(&self) -> &Buffer<bf16> {
         match self {
             CudaTensor::Parameter(Parameter { working: Some(buffer), .. }) => buffer,
-            _ => unreachable!("a product was given something else than an adapter's weights"),
+            _ => wrong_kind(),
         }
     }
+}
+
+/// Which kind a tensor is of follows from the contract of the operation that made it (`trait Backend`).
+fn wrong_kind() -> ! {
+    unreachable!("an operation was given a tensor of another kind")
 }
 
 /// A frozen matrix on the GPU.
@@ -99,7 +104,7 @@ pub fn whole<'a>(tensors: impl IntoIterator<Item = &'a CudaTensor>) -> Option<Ar
     let mut count = 0;
     for (i, tensor) in tensors.into_iter().enumerate() {
         let CudaTensor::Parameter(part) = tensor else {
-            unreachable!("the optimizer was given something else than parameters");
+            wrong_kind();
         };
         let first = *flat.get_or_insert(&part.flat);
         assert!(Arc::ptr_eq(first, &part.flat) && part.index == i, "parameters that were not made together");
