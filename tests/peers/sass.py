@@ -12,7 +12,8 @@ CUDA toolkit:
 Main loop: of the innermost loops that have tensor-core instructions the one with most of them; where no loop has any, the
 longest innermost one that reads memory. Of its ways round, the one with most HMMA, then most asynchronous copies, then most
 reads of shared memory and of global memory, then fewest instructions is counted: what happens while a tile is neither the last
-one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures.
+one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures. In
+`attention_dkv_*` a half of the warps does what the other half jumps over: the mean of doing both and neither is counted.
 
 Clocks of an SM of Orin (sm_87) for one trip of one block of W warps, were each resource alone:
 
@@ -60,6 +61,8 @@ CLASSES = {
     "control": "BRA BRX JMP BAR BSSY BSYNC BREAK WARPSYNC DEPBAR LDGDEPBAR NOP EXIT RET CALL S2R CS2R S2UR R2UR BMOV "
                "MEMBAR ERRBAR CCTL YIELD LDC NANOSLEEP VOTE MATCH",
 }
+# Kernels whose warps have one of two roles, half of them each.
+TWO_ROLES = "attention_dkv_*"
 CLASS_OF = {name: group for group, names in CLASSES.items() for name in names.split()}
 
 
@@ -123,12 +126,12 @@ class Kernel:
 class Loop:
     """A trip of the main loop, of a warp."""
 
-    instructions: int
+    instructions: float
     in_all: int  # with the ways that were not taken
-    mix: dict[str, int]
-    shared_bytes: int
-    async_bytes: int
-    global_bytes: int
+    mix: dict[str, float]
+    shared_bytes: float
+    async_bytes: float
+    global_bytes: float
     waits_for_all_but: int | None  # groups of cp.async that may be in flight behind the wait
     clocks: dict[str, float] = field(default_factory=dict)  # of an SM, for a block
 
@@ -303,10 +306,12 @@ def main_loop(code: list[Instruction], labels: dict[str, int]) -> tuple[int, int
     return None
 
 
-def steady(code: list[Instruction], labels: dict[str, int], first: int, last: int) -> list[Instruction]:
-    """The way round that the head of this file describes. Branches backwards are not followed."""
+def steady(code: list[Instruction], labels: dict[str, int], first: int, last: int, reads: int = 1) -> list[Instruction]:
+    """The way round that the head of this file describes, or with `reads` −1 the one with fewest reads. Branches backwards are
+    not followed."""
     def counts(i: Instruction) -> tuple[int, ...]:
-        return (i.group == "hmma", i.group == "ldgsts", i.name in ("LDS", "LDSM") and i.group != "control", i.name == "LDG", -1)
+        return (i.group == "hmma", i.group == "ldgsts", reads * (i.name in ("LDS", "LDSM") and i.group != "control"),
+                reads * (i.name == "LDG"), -1)
 
     best: dict[int, tuple] = {}  # from an instruction to the end: what is on that way, and the next instruction
     for i in range(last, first - 1, -1):
@@ -336,13 +341,17 @@ def look(kernel: Kernel, code: list[Instruction], labels: dict[str, int]) -> Loo
     span = main_loop(code, labels)
     if span is None:
         return None
-    way = steady(code, labels, *span) or code[span[0]:span[1] + 1]
-    shared = sum(i.bytes() for i in way if i.group in ("ldsm", "ldgsts", "shared"))
-    waits = [i for i in way if i.name == "DEPBAR" and "SB0" in i.operands]
-    allowed = [int(number, 16) for i in waits if (number := (re.findall(r"0x[0-9a-f]+", i.operands) or [None])[0])]
-    loop = Loop(len(way), span[1] - span[0] + 1, dict(Counter(i.group for i in way)), shared,
-                sum(i.bytes() for i in way if i.group == "ldgsts"), sum(i.bytes() for i in way if i.group == "global"),
-                min(allowed) if allowed else None)
+    ways = [steady(code, labels, *span, reads) for reads in ((1, -1) if fnmatch.fnmatch(kernel.name, TWO_ROLES) else (1,))]
+    share = 1 / len(ways)
+    all_of = [i for way in ways for i in way]
+    waits = [re.findall(r"0x[0-9a-f]+", i.operands) for i in all_of if i.name == "DEPBAR" and "SB0" in i.operands]
+    allowed = [int(numbers[0], 16) for numbers in waits if numbers]
+
+    def moved(*of: str) -> float:
+        return share * sum(i.bytes() for i in all_of if i.group in of)
+
+    loop = Loop(share * len(all_of), span[1] - span[0] + 1, {k: share * n for k, n in Counter(i.group for i in all_of).items()},
+                moved("ldsm", "ldgsts", "shared"), moved("ldgsts"), moved("global"), min(allowed) if allowed else None)
     loop.bound(kernel.warps)
     return loop
 
@@ -359,8 +368,8 @@ def in_flight(kernel: Kernel, loop: Loop) -> float | None:
 
 def mix_text(loop: Loop) -> str:
     m = Counter(loop.mix)
-    return (f"{m['hmma']} / {m['ldsm']} / {m['ldgsts']} / {m['shared']} / {m['global']} / {m['alu'] + m['imad']} / "
-            f"{m['fp32']} / {loop.instructions - sum(m[k] for k in 'hmma ldsm ldgsts shared global alu imad fp32'.split())}")
+    parts = [m["hmma"], m["ldsm"], m["ldgsts"], m["shared"], m["global"], m["alu"] + m["imad"], m["fp32"]]
+    return " / ".join(f"{part:.0f}" for part in (*parts, loop.instructions - sum(parts)))
 
 
 def markdown(rows: list[dict]) -> None:
@@ -393,7 +402,7 @@ def plain(rows: list[dict], architecture: int) -> None:
         clocks = " ".join(f"{loop.clocks[c]:>6.0f}" for c in ("tensor", "issue", "shared", "alu")) + f" {loop.clocks['mufu']:>5.0f}"
         flight = (in_flight(kernel, loop) or 0) * kernel.blocks_sm87()
         bound = f"{loop.binding:>7} {100 * loop.ceiling:>5.0f}" if loop.mix.get("hmma") else f"{'':>7} {'':>5}"
-        print(f"{line} {loop.instructions:>5} {loop.in_all:>6} {mix_text(loop):<46} {100 * loop.hmma_share:>5.1f} {clocks} "
+        print(f"{line} {loop.instructions:>5.0f} {loop.in_all:>6} {mix_text(loop):<46} {100 * loop.hmma_share:>5.1f} {clocks} "
               f"{bound} {flight / 1024:>6.1f} {flight / MEMORY_BYTES_A_CLOCK:>5.0f}")
 
 
