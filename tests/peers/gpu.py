@@ -5,13 +5,15 @@
     gpu.py --finetuned target/release/finetuned --alone         only what finetuned is measured against itself; needs no torch
     gpu.py --dry-run [--peers]
 
-Shapes are those of Llama-3.2-1B, weights are random (nothing is downloaded), data is random and never zeros. Each turn is a fresh
-process: `finetuned bench --json`, then gpu_peer.py, then again, so that a device that slows down slows both. A ratio is the median of
-the ratios of the rounds, with the smallest and the largest; a time in it is a median of at least five samples where finetuned takes
-so many, else of three, with flushed caches and two input sets (docs/kernels.md, "How figures are taken").
+Shapes are those of Llama-3.2-1B, weights are random (nothing is downloaded), data is random and never zeros. Each turn is a
+fresh process: `finetuned bench --json`, then gpu_peer.py, then again, so that a device that slows down slows both. A ratio
+is the median of the ratios of the rounds, with the smallest and the largest; a time in it is a median of at least five
+samples where finetuned takes so many, else of three, with flushed caches and two input sets (docs/kernels.md, "How figures
+are taken").
 
 A block's four groups of layers (q,k,v / o / gate,up / down) are added up before they are compared. Of several kernels of
-finetuned's for one product the fastest counts, of the fused ones where the target is theirs. What is like for like and what is not:
+finetuned's for one product the fastest counts, of the fused ones where the target is theirs. What is like for like and what
+is not:
 
   fused input gradient   ours has the gradient's two LoRA products in it, the peer's has not
   plain product          likewise, unless `finetuned bench` has linear-bf16-without-lora
@@ -21,8 +23,8 @@ finetuned's for one product the fastest counts, of the fused ones where the targ
   peak memory            ours is what the device has less of, theirs what PyTorch's tensors take at most, without what its
                          allocator keeps for later (beside it in the JSON); the contexts of CUDA are in neither
 
---dry-run takes made-up figures in the place of `finetuned bench`, and of the peers too without --peers; with it gpu_peer.py runs on
-tiny shapes on the CPU. It tries the script; no figure of it is a speed.
+--dry-run takes made-up figures in the place of `finetuned bench`, and of the peers too without --peers; with it gpu_peer.py
+runs on tiny shapes on the CPU. It tries the script; no figure of it is a speed.
 
 The exit code is 0 when everything was measured, whatever the verdicts; 1 when something was not; 3 when the peers' packages
 are missing.

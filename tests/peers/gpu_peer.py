@@ -5,9 +5,10 @@
     gpu_peer.py step REQUEST.json
 
 `gpu.py` writes the request and reads the answer; each turn is a fresh process, as those of finetuned are. A sample of an
-operation is timed as `finetuned bench` does it: caches flushed by a write of twice the second-level cache, the device kept busy
-until everything is queued, then from event to event, on two input sets of random data that take turns. So the time is the
-device's, and Python's is not in it. A step is timed by the wall clock, with Python's share, as it is what a user waits for.
+operation is timed as `finetuned bench` does it: caches flushed by a write of twice the second-level cache, the device kept
+busy until everything is queued, then from event to event, on two input sets of random data that take turns. So the time is
+the device's, and Python's is not in it. A step is timed by the wall clock, with Python's share, as it is what a user waits
+for.
 
 What is done for the peers' speed: products write to outputs that are there, gradients of a group are summed by
 addmm and not by an addition of their own, sdpa gets the grouped heads as they are, the optimizer is the fused AdamW, there

@@ -6,13 +6,13 @@
 Every kernel is compiled with NVRTC, with the options of cuda/src/source.rs, and disassembled. Both tools come without a
 CUDA toolkit:
 
-    pip install --no-deps --target TOOLS nvidia-cuda-nvrtc-cu12==12.6.85 nvidia-cuda-nvdisasm
+    pip install --no-deps --target TOOLS nvidia-cuda-nvrtc-cu12==12.6.85 nvidia-cuda-nvdisasm==13.5.37
     FINETUNED_NVRTC=$(find TOOLS -name libnvrtc.so.12) FINETUNED_NVDISASM=$(find TOOLS -name nvdisasm -type f) sass.py --markdown
 
 Main loop: of the innermost loops that have tensor-core instructions the one with most of them; where no loop has any, the
 longest innermost one that reads memory. Of its ways round, the one with most HMMA, then most asynchronous copies, then most
-reads of shared memory and of global memory, then fewest instructions is counted: what happens while a tile is neither the last
-one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures. In
+reads of shared memory and of global memory, then fewest instructions is counted: what happens while a tile is neither the
+last one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures. In
 `attention_dkv_*` a half of the warps does what the other half jumps over: the mean of doing both and neither is counted.
 
 Clocks of an SM of Orin (sm_87) for one trip of one block of W warps, were each resource alone:
@@ -24,9 +24,10 @@ Clocks of an SM of Orin (sm_87) for one trip of one block of W warps, were each 
     mufu    MUFU · 2 · W         16 lanes
 
 Rates: CUDA C++ Programming Guide, "Arithmetic Instructions", column 8.6, which has the same SM. The largest is the binding
-resource, and tensor / largest is the share of the tensor rate that no schedule can exceed. Latency, the second-level cache and
-what is outside of the loop are not in it: it is an upper bound.
-"""
+resource, and tensor / largest is the share of the tensor rate that no schedule can exceed. Latency, the second-level cache
+and what is outside of the loop are not in it: it is an upper bound. For loops that read memory themselves `memory` is what
+their loads and stores take at the data sheet's 204.8 GB/s, were none of it in a cache. `latency` is how many clocks of that
+rate the bytes in flight cover."""
 import argparse
 import ctypes
 import fnmatch
@@ -373,9 +374,9 @@ def mix_text(loop: Loop) -> str:
 
 
 def markdown(rows: list[dict]) -> None:
-    print("| kernel | registers (" + ", ".join(f"sm_{a}" for a in rows[0]["registers"]) + ") | blocks an SM | HMMA / LDSM / "
-          "LDGSTS / LDS, STS / LDG, STG / integer / FP32 / other | HMMA of issue slots | clocks: tensor / issue / shared / ALU / "
-          "MUFU | binding | of the tensor rate, at most | KiB in flight an SM |")
+    print("| kernel | registers (" + ", ".join(f"sm_{a}" for a in rows[0]["registers"]) + ") | blocks | HMMA / LDSM / LDGSTS / "
+          "LDS, STS / LDG, STG / integer / FP32 / other | HMMA of slots | tensor / issue / shared / ALU / MUFU | binding | "
+          "at most | KiB in flight |")
     print("|---|---|--:|---|--:|---|---|--:|--:|")
     for row in rows:
         kernel, loop = row["kernel"], row["loop"]
@@ -392,7 +393,7 @@ def markdown(rows: list[dict]) -> None:
 def plain(rows: list[dict], architecture: int) -> None:
     print(f"\nsm_{architecture}\n{'kernel':<28} {'regs':>4} {'stack':>5} {'blk':>3} {'loop':>5} {'(all)':>6} "
           f"{'HMMA/LDSM/LDGSTS/S/G/int/FP32/other':<46} {'HMMA%':>5} {'tensor':>6} {'issue':>6} {'shared':>6} {'ALU':>6} "
-          f"{'MUFU':>5} {'binding':>7} {'most%':>5} {'KiB/SM':>6} {'clk':>5}")
+          f"{'MUFU':>5} {'memory':>6} {'binding':>7} {'most%':>5} {'KiB/SM':>6} {'latency':>7}")
     for row in rows:
         kernel, loop = row["kernel"], row["loop"]
         line = f"{kernel.name:<28} {kernel.registers:>4} {kernel.stack:>5} {kernel.blocks_sm87():>3}"
@@ -400,10 +401,11 @@ def plain(rows: list[dict], architecture: int) -> None:
             print(line + "  no loop")
             continue
         clocks = " ".join(f"{loop.clocks[c]:>6.0f}" for c in ("tensor", "issue", "shared", "alu")) + f" {loop.clocks['mufu']:>5.0f}"
+        clocks += f" {loop.global_bytes * kernel.warps / MEMORY_BYTES_A_CLOCK:>6.0f}"
         flight = (in_flight(kernel, loop) or 0) * kernel.blocks_sm87()
         bound = f"{loop.binding:>7} {100 * loop.ceiling:>5.0f}" if loop.mix.get("hmma") else f"{'':>7} {'':>5}"
         print(f"{line} {loop.instructions:>5.0f} {loop.in_all:>6} {mix_text(loop):<46} {100 * loop.hmma_share:>5.1f} {clocks} "
-              f"{bound} {flight / 1024:>6.1f} {flight / MEMORY_BYTES_A_CLOCK:>5.0f}")
+              f"{bound} {flight / 1024:>6.1f} {flight / MEMORY_BYTES_A_CLOCK:>7.0f}")
 
 
 def main() -> None:
