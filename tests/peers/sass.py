@@ -6,13 +6,14 @@
 Every kernel is compiled with NVRTC, with the options of cuda/src/source.rs, and disassembled. Both tools come without a
 CUDA toolkit:
 
-    pip install --no-deps --target TOOLS nvidia-cuda-nvrtc-cu12==12.6.85 nvidia-cuda-nvdisasm
+    pip install --no-deps --target TOOLS nvidia-cuda-nvrtc-cu12==12.6.85 nvidia-cuda-nvdisasm==13.5.37
     FINETUNED_NVRTC=$(find TOOLS -name libnvrtc.so.12) FINETUNED_NVDISASM=$(find TOOLS -name nvdisasm -type f) sass.py --markdown
 
 Main loop: of the innermost loops that have tensor-core instructions the one with most of them; where no loop has any, the
 longest innermost one that reads memory. Of its ways round, the one with most HMMA, then most asynchronous copies, then most
-reads of shared memory and of global memory, then fewest instructions is counted: what happens while a tile is neither the last
-one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures.
+reads of shared memory and of global memory, then fewest instructions is counted: what happens while a tile is neither the
+last one nor masked. Where copies are asked for in a loop around it (`attention_dq_*`), they are not in its figures. In
+`attention_dkv_*` a half of the warps does what the other half jumps over: the mean of doing both and neither is counted.
 
 Clocks of an SM of Orin (sm_87) for one trip of one block of W warps, were each resource alone:
 
@@ -23,9 +24,10 @@ Clocks of an SM of Orin (sm_87) for one trip of one block of W warps, were each 
     mufu    MUFU · 2 · W         16 lanes
 
 Rates: CUDA C++ Programming Guide, "Arithmetic Instructions", column 8.6, which has the same SM. The largest is the binding
-resource, and tensor / largest is the share of the tensor rate that no schedule can exceed. Latency, the second-level cache and
-what is outside of the loop are not in it: it is an upper bound.
-"""
+resource, and tensor / largest is the share of the tensor rate that no schedule can exceed. Latency, the second-level cache
+and what is outside of the loop are not in it: it is an upper bound. For loops that read memory themselves `memory` is what
+their loads and stores take at the data sheet's 204.8 GB/s, were none of it in a cache. `latency` is how many clocks of that
+rate the bytes in flight cover."""
 import argparse
 import ctypes
 import fnmatch
@@ -60,6 +62,8 @@ CLASSES = {
     "control": "BRA BRX JMP BAR BSSY BSYNC BREAK WARPSYNC DEPBAR LDGDEPBAR NOP EXIT RET CALL S2R CS2R S2UR R2UR BMOV "
                "MEMBAR ERRBAR CCTL YIELD LDC NANOSLEEP VOTE MATCH",
 }
+# Kernels whose warps have one of two roles, half of them each.
+TWO_ROLES = "attention_dkv_*"
 CLASS_OF = {name: group for group, names in CLASSES.items() for name in names.split()}
 
 
@@ -123,12 +127,12 @@ class Kernel:
 class Loop:
     """A trip of the main loop, of a warp."""
 
-    instructions: int
+    instructions: float
     in_all: int  # with the ways that were not taken
-    mix: dict[str, int]
-    shared_bytes: int
-    async_bytes: int
-    global_bytes: int
+    mix: dict[str, float]
+    shared_bytes: float
+    async_bytes: float
+    global_bytes: float
     waits_for_all_but: int | None  # groups of cp.async that may be in flight behind the wait
     clocks: dict[str, float] = field(default_factory=dict)  # of an SM, for a block
 
@@ -303,10 +307,12 @@ def main_loop(code: list[Instruction], labels: dict[str, int]) -> tuple[int, int
     return None
 
 
-def steady(code: list[Instruction], labels: dict[str, int], first: int, last: int) -> list[Instruction]:
-    """The way round that the head of this file describes. Branches backwards are not followed."""
+def steady(code: list[Instruction], labels: dict[str, int], first: int, last: int, reads: int = 1) -> list[Instruction]:
+    """The way round that the head of this file describes, or with `reads` −1 the one with fewest reads. Branches backwards are
+    not followed."""
     def counts(i: Instruction) -> tuple[int, ...]:
-        return (i.group == "hmma", i.group == "ldgsts", i.name in ("LDS", "LDSM") and i.group != "control", i.name == "LDG", -1)
+        return (i.group == "hmma", i.group == "ldgsts", reads * (i.name in ("LDS", "LDSM") and i.group != "control"),
+                reads * (i.name == "LDG"), -1)
 
     best: dict[int, tuple] = {}  # from an instruction to the end: what is on that way, and the next instruction
     for i in range(last, first - 1, -1):
@@ -336,13 +342,17 @@ def look(kernel: Kernel, code: list[Instruction], labels: dict[str, int]) -> Loo
     span = main_loop(code, labels)
     if span is None:
         return None
-    way = steady(code, labels, *span) or code[span[0]:span[1] + 1]
-    shared = sum(i.bytes() for i in way if i.group in ("ldsm", "ldgsts", "shared"))
-    waits = [i for i in way if i.name == "DEPBAR" and "SB0" in i.operands]
-    allowed = [int(number, 16) for i in waits if (number := (re.findall(r"0x[0-9a-f]+", i.operands) or [None])[0])]
-    loop = Loop(len(way), span[1] - span[0] + 1, dict(Counter(i.group for i in way)), shared,
-                sum(i.bytes() for i in way if i.group == "ldgsts"), sum(i.bytes() for i in way if i.group == "global"),
-                min(allowed) if allowed else None)
+    ways = [steady(code, labels, *span, reads) for reads in ((1, -1) if fnmatch.fnmatch(kernel.name, TWO_ROLES) else (1,))]
+    share = 1 / len(ways)
+    all_of = [i for way in ways for i in way]
+    waits = [re.findall(r"0x[0-9a-f]+", i.operands) for i in all_of if i.name == "DEPBAR" and "SB0" in i.operands]
+    allowed = [int(numbers[0], 16) for numbers in waits if numbers]
+
+    def moved(*of: str) -> float:
+        return share * sum(i.bytes() for i in all_of if i.group in of)
+
+    loop = Loop(share * len(all_of), span[1] - span[0] + 1, {k: share * n for k, n in Counter(i.group for i in all_of).items()},
+                moved("ldsm", "ldgsts", "shared"), moved("ldgsts"), moved("global"), min(allowed) if allowed else None)
     loop.bound(kernel.warps)
     return loop
 
@@ -359,14 +369,14 @@ def in_flight(kernel: Kernel, loop: Loop) -> float | None:
 
 def mix_text(loop: Loop) -> str:
     m = Counter(loop.mix)
-    return (f"{m['hmma']} / {m['ldsm']} / {m['ldgsts']} / {m['shared']} / {m['global']} / {m['alu'] + m['imad']} / "
-            f"{m['fp32']} / {loop.instructions - sum(m[k] for k in 'hmma ldsm ldgsts shared global alu imad fp32'.split())}")
+    parts = [m["hmma"], m["ldsm"], m["ldgsts"], m["shared"], m["global"], m["alu"] + m["imad"], m["fp32"]]
+    return " / ".join(f"{part:.0f}" for part in (*parts, loop.instructions - sum(parts)))
 
 
 def markdown(rows: list[dict]) -> None:
-    print("| kernel | registers (" + ", ".join(f"sm_{a}" for a in rows[0]["registers"]) + ") | blocks an SM | HMMA / LDSM / "
-          "LDGSTS / LDS, STS / LDG, STG / integer / FP32 / other | HMMA of issue slots | clocks: tensor / issue / shared / ALU / "
-          "MUFU | binding | of the tensor rate, at most | KiB in flight an SM |")
+    print("| kernel | registers (" + ", ".join(f"sm_{a}" for a in rows[0]["registers"]) + ") | blocks | HMMA / LDSM / LDGSTS / "
+          "LDS, STS / LDG, STG / integer / FP32 / other | HMMA of slots | tensor / issue / shared / ALU / MUFU | binding | "
+          "at most | KiB in flight |")
     print("|---|---|--:|---|--:|---|---|--:|--:|")
     for row in rows:
         kernel, loop = row["kernel"], row["loop"]
@@ -383,7 +393,7 @@ def markdown(rows: list[dict]) -> None:
 def plain(rows: list[dict], architecture: int) -> None:
     print(f"\nsm_{architecture}\n{'kernel':<28} {'regs':>4} {'stack':>5} {'blk':>3} {'loop':>5} {'(all)':>6} "
           f"{'HMMA/LDSM/LDGSTS/S/G/int/FP32/other':<46} {'HMMA%':>5} {'tensor':>6} {'issue':>6} {'shared':>6} {'ALU':>6} "
-          f"{'MUFU':>5} {'binding':>7} {'most%':>5} {'KiB/SM':>6} {'clk':>5}")
+          f"{'MUFU':>5} {'memory':>6} {'binding':>7} {'most%':>5} {'KiB/SM':>6} {'latency':>7}")
     for row in rows:
         kernel, loop = row["kernel"], row["loop"]
         line = f"{kernel.name:<28} {kernel.registers:>4} {kernel.stack:>5} {kernel.blocks_sm87():>3}"
@@ -391,10 +401,11 @@ def plain(rows: list[dict], architecture: int) -> None:
             print(line + "  no loop")
             continue
         clocks = " ".join(f"{loop.clocks[c]:>6.0f}" for c in ("tensor", "issue", "shared", "alu")) + f" {loop.clocks['mufu']:>5.0f}"
+        clocks += f" {loop.global_bytes * kernel.warps / MEMORY_BYTES_A_CLOCK:>6.0f}"
         flight = (in_flight(kernel, loop) or 0) * kernel.blocks_sm87()
         bound = f"{loop.binding:>7} {100 * loop.ceiling:>5.0f}" if loop.mix.get("hmma") else f"{'':>7} {'':>5}"
-        print(f"{line} {loop.instructions:>5} {loop.in_all:>6} {mix_text(loop):<46} {100 * loop.hmma_share:>5.1f} {clocks} "
-              f"{bound} {flight / 1024:>6.1f} {flight / MEMORY_BYTES_A_CLOCK:>5.0f}")
+        print(f"{line} {loop.instructions:>5.0f} {loop.in_all:>6} {mix_text(loop):<46} {100 * loop.hmma_share:>5.1f} {clocks} "
+              f"{bound} {flight / 1024:>6.1f} {flight / MEMORY_BYTES_A_CLOCK:>7.0f}")
 
 
 def main() -> None:
