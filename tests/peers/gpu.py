@@ -16,7 +16,6 @@ finetuned's for one product the fastest counts, of the fused ones where the targ
 is not:
 
   fused input gradient   ours has the gradient's two LoRA products in it, the peer's has not
-  plain product          likewise, unless `finetuned bench` has linear-bf16-without-lora
   whole step             tokens of a micro-step and an update / their time, both with activations computed again, examples of at
                          most 1,024 tokens, every token labelled, r = 16 on all linear layers; bfloat16 autocast and float32 adapters
                          for PEFT, as its trainers have it
@@ -54,6 +53,7 @@ FUSED_TOKENS = (64, 256, 512)
 PLAIN_TOKENS = (2048,)
 LORA_TOKENS = (512, 2048)
 STEP_TOKENS = (512, 2048, 8192)
+PLAIN = "linear-bf16-without-lora"
 # The group of this model with this many tokens is a product of 4096³.
 CUBE, CUBE_MODEL, CUBE_GROUP = 4096, "Llama-3-8B", "o"
 
@@ -108,15 +108,10 @@ class Ours:
 
     def cube(self) -> float:
         """Share of the probe's rate at 4096³."""
-        operation = self.plain()
-        found = [r for r in self.rows(operation, CUBE, CUBE_MODEL) if r["shape"].split(" ")[0] == CUBE_GROUP]
+        found = [r for r in self.rows(PLAIN, CUBE, CUBE_MODEL) if r["shape"].split(" ")[0] == CUBE_GROUP]
         if not found:
-            raise Absent(f"finetuned has no row of {operation} at {CUBE}³")
+            raise Absent(f"finetuned has no row of {PLAIN} at {CUBE}³")
         return max(row["flops"] for row in found) / self.page["gpu"]["mma_flops"]
-
-    def plain(self) -> str:
-        better = "linear-bf16-without-lora"
-        return better if any(r["operation"] == better for r in self.page.get("kernels") or []) else "linear-bf16"
 
     def step(self, tokens: int) -> dict:
         for line in self.page.get("steps") or []:
@@ -207,7 +202,7 @@ def kernel_targets() -> list[Target]:
 
     targets = [Target("product / own mma.sync probe", f"{CUBE}³", 0.55, 0.75, cube, "TFLOP/s", alone=True)]
     targets += [Target("plain product / torch.matmul", f"M {m}", 0.45, 0.65,
-                       lambda ours, peers, m=m: speed(ours.block(ours.plain(), m), peers.seconds("matmul", m)), "µs a block")
+                       lambda ours, peers, m=m: speed(ours.block(PLAIN, m), peers.seconds("matmul", m)), "µs a block")
                 for m in PLAIN_TOKENS]
     bounds = dict(zip(FUSED_TOKENS, ((1.5, 3.0), (1.2, 1.5), (1.0, 1.2))))
     targets += [Target("fused forward / dequantise + matmul", f"M {m}", *bounds[m],
@@ -366,12 +361,11 @@ def measure(runner: Runner) -> tuple[list[Result], dict, list[str]]:
             print(f"warning: {failed}", file=sys.stderr)
 
     tokens = sorted({*FUSED_TOKENS, *PLAIN_TOKENS, *LORA_TOKENS})
-    operations = ["nf4-dequantise", "linear", "linear-without-lora", "linear-bf16", "input-gradient", "attention",
-                  "attention-backward"]
+    operations = ["nf4-dequantise", "linear", "linear-without-lora", PLAIN, "input-gradient", "attention", "attention-backward"]
 
     def our_kernels() -> Ours:
         page = runner.ours("kernels", ["--kernel", *operations, "--model", MODEL, "--tokens", *map(str, tokens)]).page
-        cube = runner.ours("cube", ["--kernel", "linear-bf16", "--model", CUBE_MODEL, "--tokens", str(CUBE)]).page
+        cube = runner.ours("cube", ["--kernel", PLAIN, "--model", CUBE_MODEL, "--tokens", str(CUBE)]).page
         return Ours(page | {"kernels": page["kernels"] + cube["kernels"]})
 
     for _ in range(options.rounds):
@@ -414,13 +408,13 @@ def made_up(what: str) -> dict:
             for group in groups(SIZES):
                 shape = f"{group['name']} [{m}×{group['inputs']}]·[{'+'.join(map(str, group['outputs']))}]"
                 add("linear-without-lora", None, m, shape)
-                add("linear-bf16", "gemm_nt_128x128", m, shape)
+                add(PLAIN, None, m, shape)
                 add("linear", "gemm_nf4_nt_64x64", m, shape)
                 add("input-gradient", "gemm_nf4_nn_64x64", m, shape)
             add("attention", None, m, f"1 × {m}, 32 heads of 64, 8 of keys")
             add("attention-backward", None, m, f"1 × {m}, 32 heads of 64, 8 of keys")
     elif what == "cube":
-        add("linear-bf16", "gemm_nt_128x128", CUBE, f"{CUBE_GROUP} [{CUBE}×{CUBE}]·[{CUBE}]", model=CUBE_MODEL)
+        add(PLAIN, None, CUBE, f"{CUBE_GROUP} [{CUBE}×{CUBE}]·[{CUBE}]", model=CUBE_MODEL)
     steps = [{"model": MODEL, "tokens": m, "recompute": again, "seconds": made_up_seconds(0.9), "memory_bytes": 1 << 30,
               "update_seconds": made_up_seconds(0.1)} for m in STEP_TOKENS for again in (True, False)] if "step" in what else []
     return {"schema": 1, "stand_in": None, "gpu": {"name": "made up", "mma_flops": 2e12, "copy_bytes_per_second": 2e9},

@@ -20,6 +20,7 @@ pub const OPERATIONS: &[&str] = &[
     "linear",
     "linear-without-lora",
     "linear-bf16",
+    "linear-bf16-without-lora",
     "input-gradient",
     "input-gradient-bf16",
     "adapter-gradient",
@@ -67,7 +68,9 @@ pub(super) fn measure(
 ) -> Result<(), Error> {
     match operation {
         "nf4-dequantise" => dequantise(bench, model, rows),
-        "linear" | "linear-without-lora" | "linear-bf16" => linears(bench, model, operation, tokens, rows),
+        "linear" | "linear-without-lora" | "linear-bf16" | "linear-bf16-without-lora" => {
+            linears(bench, model, operation, tokens, rows)
+        }
         "input-gradient" | "input-gradient-bf16" => gradients(bench, model, operation, tokens, rows),
         "adapter-gradient" => adapters(bench, model, tokens, rows),
         "logits" | "logits-gradient" => logits(bench, model, operation, tokens, rows),
@@ -213,8 +216,8 @@ fn linears(
     m: usize,
     rows: &mut Vec<Row>,
 ) -> Result<(), Error> {
-    let quantised = operation != "linear-bf16";
-    let rank = if operation == "linear-without-lora" { 0 } else { bench.options.rank };
+    let quantised = !operation.starts_with("linear-bf16");
+    let rank = if operation.ends_with("without-lora") { 0 } else { bench.options.rank };
     for group in model.groups() {
         let layers = sets(|| Layers::new(bench, &group, quantised))?;
         let x = sets(|| bench.halves(m * group.inputs))?;
