@@ -39,7 +39,8 @@ const PLAUSIBLE: std::ops::Range<f64> = 0.0..100_000.0;
 const SILENT: Duration = Duration::from_secs(10);
 /// Time between two syncs of the ledger.
 pub const SYNC: Duration = Duration::from_secs(10);
-/// A ledger of this size is written anew, without the lines that later ones replace.
+/// A ledger of this size, that is also twice as long as when that was last done, is written anew, without the lines that
+/// later ones replace.
 const COMPACT: u64 = 1 << 20;
 
 /// An amount of energy, and how well it is known.
@@ -243,12 +244,19 @@ pub struct LedgerError {
 
 type Key = (Date, Option<RunId>);
 
+/// What plans take is booked under this id, which no run has.
+pub fn plans() -> RunId {
+    RunId::from_bits([0; RunId::LENGTH / 2])
+}
+
 /// The durable record.
 #[derive(Debug)]
 pub struct Ledger {
     path: PathBuf,
     file: File,
     length: u64,
+    /// How long it was when it was last written anew.
+    compacted: u64,
     entries: BTreeMap<Key, Entry>,
     /// Changed since the last sync.
     changed: BTreeSet<Key>,
@@ -300,6 +308,7 @@ impl Ledger {
             path: path.to_path_buf(),
             file,
             length,
+            compacted: if torn { 0 } else { length },
             entries,
             changed: BTreeSet::new(),
             synced: None,
@@ -344,9 +353,10 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::flush`].
     pub fn sync(&mut self) -> Result<(), LedgerError> {
-        let written = if self.length > COMPACT {
+        let written = if self.length > COMPACT.max(self.compacted.saturating_mul(2)) {
             rewrite(&self.path, &self.entries).and_then(|file| {
                 self.length = file.metadata()?.len();
+                self.compacted = self.length;
                 self.file = file;
                 Ok(())
             })
@@ -428,10 +438,12 @@ fn line((night, run): &Key, entry: &Entry) -> io::Result<String> {
 /// or the new one.
 fn rewrite(path: &Path, entries: &BTreeMap<Key, Entry>) -> io::Result<File> {
     let beside = path.with_extension("jsonl.new");
-    let mut file = File::create(&beside)?;
+    let mut text = String::new();
     for (key, entry) in entries {
-        file.write_all(line(key, entry)?.as_bytes())?;
+        text.push_str(&line(key, entry)?);
     }
+    let mut file = File::create(&beside)?;
+    file.write_all(text.as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&beside, path)?;
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
@@ -637,6 +649,36 @@ mod tests {
             let night = ledger.night(tonight).energy;
             prop_assert!(night.gross.0.is_finite() && night.gross >= Joules(10.0));
         }
+    }
+
+    #[test]
+    fn a_ledger_that_holds_much_is_not_written_anew_each_time() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("energy.jsonl");
+        let tonight: Date = "2026-11-24".parse().unwrap();
+        let run = |i: u64| RunId::parse(&format!("{i:012x}")).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap();
+        (0..12_000).for_each(|i| ledger.add(tonight, Some(&run(i)), joules(1.0), 1));
+        ledger.sync().unwrap();
+        drop(ledger);
+        let mut ledger = Ledger::open(&path).unwrap();
+        let file = || std::fs::metadata(&path).unwrap();
+        let before = file();
+        assert!(before.len() > COMPACT, "{}", before.len());
+        for _ in 0..3 {
+            ledger.add(tonight, Some(&run(7)), joules(1.0), 1);
+            ledger.sync().unwrap();
+        }
+        assert_eq!(file().ino(), before.ino(), "lines were added to it");
+        (0..2).for_each(|_| {
+            (0..12_000).for_each(|i| ledger.add(tonight, Some(&run(i)), joules(1.0), 1));
+            ledger.sync().unwrap();
+        });
+        ledger.add(tonight, Some(&run(7)), joules(1.0), 1);
+        ledger.sync().unwrap();
+        assert!(file().len() < before.len() + COMPACT / 2, "{} after {}", file().len(), before.len());
+        assert_eq!(Ledger::open(&path).unwrap().run(&run(7)).energy.gross, Joules(7.0));
     }
 
     #[test]
