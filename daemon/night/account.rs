@@ -155,28 +155,31 @@ impl Account {
         ended
     }
 
-    fn put(&mut self, pieces: &[Segment]) {
-        // The first piece is where the clock says that the last round was: everything after it was another clock's.
-        if let Some(first) = pieces.first() {
-            self.record.figures.undone_us += self.record.cut(first.span.from);
-        }
+    fn put(&mut self, (begin, pieces): &(i64, Vec<Segment>)) {
+        // Where the clock says that the last round was: everything after it was another clock's.
+        self.record.figures.undone_us += self.record.cut(*begin);
         for piece in pieces {
-            self.record.put(piece.clone(), Reason::ClockSet);
+            // What lies before that stands: a clock that starts wrong and is then set says nothing about it.
+            let rest = Span { from: self.record.through(), to: piece.span.to };
+            if let Some(piece) = piece.clone().clipped(rest) {
+                self.record.put(piece, Reason::ClockSet);
+            }
         }
     }
 
-    /// The time since the last round, and what it was used for.
-    fn pieces(&self, seen: &Observation<'_>) -> Vec<Segment> {
+    /// When the last round was, by the clock as it is now, and what the time since the last one was used for: that in
+    /// which the clock jumped, too.
+    fn pieces(&self, seen: &Observation<'_>) -> (i64, Vec<Segment>) {
         let moment = &seen.moment;
         let Some(last) = &self.last else {
             let off = Span { from: self.record.through().min(moment.at), to: moment.at };
-            return vec![Segment::whole(off, Use::Lost(Reason::Off))];
+            return (off.from, vec![Segment::whole(off, Use::Lost(Reason::Off))]);
         };
         let awake = micros(moment.now.saturating_sub(last.now));
         let passed = moment.at.saturating_sub(last.at);
         let ahead = passed.saturating_sub(awake);
         if passed >= 0 && ahead.abs() <= DRIFT {
-            return used(seen, Span { from: last.at, to: moment.at });
+            return (last.at, used(seen, Span { from: last.at, to: moment.at }));
         }
         let begin = moment.at.saturating_sub(awake);
         let mut pieces = Vec::new();
@@ -190,7 +193,7 @@ impl Account {
         }
         pieces.extend(used(seen, Span { from: begin, to: moment.at }));
         pieces.retain(|piece| piece.span.length() > 0);
-        pieces
+        (begin, pieces)
     }
 
     fn count(&mut self, seen: &Observation<'_>) {

@@ -34,6 +34,7 @@ pub use store::{NightError, Nights, Store};
 
 use crate::reason::Reason;
 use jiff::civil::Date;
+use jiff::fmt::strtime::BrokenDownTime;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use serde::de::{self, Deserialize, Deserializer};
@@ -139,6 +140,19 @@ impl Span {
     pub fn contains(self, at: i64) -> bool {
         self.from <= at && at < self.to
     }
+}
+
+/// The name of a time zone, or, where it has none (a file of rules that nobody named), its offset at a moment: `+05:30`.
+pub fn zone_name(zone: &TimeZone, at: i64) -> String {
+    let at = Timestamp::from_microsecond(at).unwrap_or(Timestamp::UNIX_EPOCH);
+    let offset = || at.to_zoned_datetime(zone.clone()).strftime("%:z").to_string();
+    zone.iana_name().map_or_else(offset, str::to_string)
+}
+
+/// The time zone with such a name; none that this machine does not know.
+pub fn zone_named(name: &str) -> Option<TimeZone> {
+    let offset = || Some(BrokenDownTime::parse("%:z", name).ok()?.offset()?.to_time_zone());
+    TimeZone::get(name).ok().or_else(offset)
 }
 
 /// From noon to noon, in a time zone: 23, 24 or 25 hours. None at the ends of the calendar.

@@ -126,7 +126,7 @@ pub struct Record {
     pub date: Date,
     /// Noon to noon.
     pub span: Span,
-    /// Name of the time zone, as the IANA has it.
+    /// Name of the time zone, as the IANA has it, or its offset where it has none.
     pub zone: String,
     /// When runs may compute: in order, none touching the next.
     pub windows: Vec<Span>,

@@ -3,7 +3,7 @@
 
 use super::figures::{Figures, ModeSeen, NoteSeen, Point, Spread};
 use super::record::{Record, Segment, Uses};
-use super::{SECOND, Span, Use, words};
+use super::{SECOND, Span, Use, words, zone_named};
 use crate::reason::Reason;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
@@ -264,7 +264,7 @@ impl Report {
 
     /// The machine's time zone; UTC where this machine does not know it.
     pub fn time_zone(&self) -> TimeZone {
-        TimeZone::get(&self.zone).unwrap_or(TimeZone::UTC)
+        zone_named(&self.zone).unwrap_or(TimeZone::UTC)
     }
 
     /// The stretch of time that is worth looking at: from the first window to the last one, or the whole night.

@@ -12,7 +12,7 @@
 use super::figures::{Figures, Point};
 use super::record::{Record, Segment};
 use super::report::Report;
-use super::{Account, Span, bounds};
+use super::{Account, Span, bounds, zone_name};
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
@@ -121,8 +121,8 @@ pub fn read(directory: &Path, date: Date, zone: &TimeZone) -> Result<Option<Reco
 
 /// The record in a file's content.
 pub(super) fn parse(content: &[u8], date: Date, zone: &TimeZone) -> Option<Record> {
-    let name = zone.iana_name().unwrap_or("UTC").to_string();
-    let mut record = Record::new(date, bounds(date, zone)?, name);
+    let night = bounds(date, zone)?;
+    let mut record = Record::new(date, night, zone_name(zone, night.from));
     let mut begun = false;
     let mut lines = content.split_inclusive(|byte| *byte == b'\n').peekable();
     while let Some(line) = lines.next() {
@@ -178,9 +178,19 @@ pub struct Store {
 #[derive(Debug)]
 struct Open {
     date: Date,
+    /// The night as its first line has it.
+    night: (Span, String),
     file: File,
     length: u64,
     windows: Vec<Span>,
+}
+
+impl Open {
+    /// Whether what is new can be added to it.
+    fn takes(&self, record: &Record) -> bool {
+        let (span, zone) = &self.night;
+        self.date == record.date && (*span, zone) == (record.span, &record.zone) && self.length <= COMPACT
+    }
 }
 
 impl Store {
@@ -214,7 +224,7 @@ impl Store {
     /// As [`Store::flush`].
     pub fn sync(&mut self, record: &mut Record) -> Result<(), NightError> {
         let path = file_of(&self.directory, record.date);
-        let open = self.open.take().filter(|open| open.date == record.date && open.length <= COMPACT);
+        let open = self.open.take().filter(|open| open.takes(record));
         let written = match open {
             Some(open) => append(open, record),
             None => rewrite(&self.directory, &path, record),
@@ -299,7 +309,12 @@ fn append(mut open: Open, record: &Record) -> io::Result<Open> {
 
 /// Writes a new file in the place of the old one. A crash leaves the old file or the new one.
 fn rewrite(directory: &Path, path: &Path, record: &mut Record) -> io::Result<Open> {
-    std::fs::create_dir_all(directory)?;
+    if !directory.is_dir() {
+        std::fs::create_dir_all(directory)?;
+        if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            File::open(parent)?.sync_all()?;
+        }
+    }
     record.durable = (0, 0);
     let mut text = String::new();
     let (date, zone) = (record.date.to_string(), record.zone.clone());
@@ -312,7 +327,13 @@ fn rewrite(directory: &Path, path: &Path, record: &mut Record) -> io::Result<Ope
     std::fs::rename(&beside, path)?;
     File::open(directory)?.sync_all()?;
     let file = File::options().append(true).open(path)?;
-    Ok(Open { date: record.date, file, length: text.len() as u64, windows: record.windows.clone() })
+    Ok(Open {
+        date: record.date,
+        night: (record.span, record.zone.clone()),
+        file,
+        length: text.len() as u64,
+        windows: record.windows.clone(),
+    })
 }
 
 /// The nights, for who asks for a report.

@@ -5,7 +5,9 @@ use super::html::{escaped, page};
 use super::report::{Report, Sums};
 use super::store::{Nights, Store, dates, parse, read};
 use super::words::remedy;
-use super::{Account, NightError, Observation, Record, SECOND, Segment, Span, Use, bounds};
+use super::{
+    Account, NightError, Observation, Record, SECOND, Segment, Span, Use, bounds, zone_name, zone_named,
+};
 use crate::governor::door::{Doing, Held, News, RunNews};
 use crate::governor::energy::{Energy, night_of};
 use crate::reason::Reason;
@@ -305,6 +307,59 @@ fn a_clock_that_is_set_back_takes_back_what_it_said() {
     close(report.whole.of(Use::Training), 10.0);
     let others = of(&report.whole, Reason::ClockSet) + of(&report.whole, Reason::Suspend);
     close(others + of(&report.whole, Reason::Off), 11.5 * 3600.0);
+}
+
+#[test]
+fn a_time_zone_without_a_name_is_its_offset() {
+    let noon = us("2026-11-24T12:00[UTC]");
+    for (offset, name) in [("<+0530>-5:30", "+05:30"), ("<-03>3", "-03:00")] {
+        let unnamed = TimeZone::posix(offset).unwrap();
+        assert_eq!(zone_name(&unnamed, noon), name);
+        let known = zone_named(name).unwrap();
+        assert_eq!(bounds(date("2026-11-24"), &known), bounds(date("2026-11-24"), &unnamed));
+    }
+    assert_eq!(zone_name(&zone(), noon), "Europe/Berlin");
+    assert_eq!(zone_named("Europe/Berlin"), Some(zone()));
+    assert_eq!(zone_named("nowhere"), None);
+}
+
+#[test]
+fn another_time_zone_is_on_disk_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = Store::new(dir.path().join("nights"));
+    let begin = moment(us("2026-11-24T20:00[Europe/Berlin]"), Duration::ZERO);
+    let mut record = fresh(&begin);
+    record.put(Segment::whole(Span { from: begin.night.from, to: begin.at }, Use::Training), Reason::Off);
+    store.sync(&mut record).unwrap();
+    let athens = TimeZone::get("Europe/Athens").unwrap();
+    let mut moved = record.moved(bounds(begin.date, &athens).unwrap(), "Europe/Athens".into());
+    store.sync(&mut moved).unwrap();
+    let found = read(store.directory(), begin.date, &zone()).unwrap().unwrap();
+    assert_eq!((found.zone.as_str(), found.span), ("Europe/Athens", moved.span));
+    assert_eq!(found.segments, moved.segments);
+}
+
+#[test]
+fn a_clock_that_starts_wrong_takes_nothing_back() {
+    let mut world = World::new(us("2026-11-24T23:00[Europe/Berlin]"));
+    world.doing = Doing::Training;
+    world.round();
+    world.go(100.0);
+    let before = world.report();
+    world.restart();
+    // No battery keeps the clock: it starts days ago, until the time server has answered.
+    world.at = us("2026-11-20T20:00[Europe/Berlin]");
+    world.round();
+    world.go(10.0);
+    assert_eq!(world.record().date, date("2026-11-20"));
+    world.at = us("2026-11-24T23:10[Europe/Berlin]");
+    world.go(10.0);
+    let report = world.report();
+    assert_tiles(&world.record());
+    assert_eq!((report.night.as_str(), report.undone_s), ("2026-11-24", 0.0));
+    close(report.whole.of(Use::Training), before.whole.of(Use::Training) + 10.0);
+    close(of(&report.whole, Reason::Off), of(&before.whole, Reason::Off));
+    close(of(&report.whole, Reason::ClockSet) + of(&report.whole, Reason::Suspend), 500.0);
 }
 
 #[test]

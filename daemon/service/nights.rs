@@ -17,7 +17,9 @@ use crate::governor::readings::Readings;
 use crate::governor::{Ruling, View};
 use crate::night::account::Moment;
 use crate::night::store::{self, page_of};
-use crate::night::{Account, NightError, Nights, Observation, Record, Report, Span, Store, bounds, html};
+use crate::night::{
+    Account, NightError, Nights, Observation, Record, Report, Span, Store, bounds, html, zone_name,
+};
 use crate::reason::Reason;
 use crate::scheduler::conditions::Schedule;
 use jiff::Timestamp;
@@ -274,14 +276,8 @@ fn moment(clock: &dyn Clock) -> Option<Moment> {
     let zone = TimeZone::system();
     let at = Timestamp::try_from(wall).ok()?;
     let date = night_of(&at.to_zoned_datetime(zone.clone()));
-    Some(Moment {
-        at: at.as_microsecond(),
-        now,
-        suspended,
-        date,
-        night: bounds(date, &zone)?,
-        zone: zone.iana_name().unwrap_or("UTC").to_string(),
-    })
+    let night = bounds(date, &zone)?;
+    Some(Moment { at: at.as_microsecond(), now, suspended, date, night, zone: zone_name(&zone, night.from) })
 }
 
 #[cfg(test)]
