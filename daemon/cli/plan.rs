@@ -84,6 +84,8 @@ fn plan<B: Backend>(
     drop(progress);
     // Another board's memory is not known here.
     let available = prepare::available_memory(&backend).filter(|_| arguments.on.is_none());
+    // Nor how long it prepares.
+    let prepared_in = if arguments.on.is_none() { prepared_in } else { 0.0 };
     let survey = survey::survey(spec, &backend, &prepared, available, prepared_in);
     let mut records = speed::known()?;
     let fits = survey.facts.memory.fits != Some(false);

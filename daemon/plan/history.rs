@@ -87,12 +87,22 @@ pub fn append(path: &Path, record: &Record) -> Result<(), HistoryError> {
 
 fn add(path: &Path, record: &Record) -> io::Result<()> {
     let mut file = File::options().read(true).append(true).create(true).open(path)?;
+    let new = file.metadata()?.len() == 0;
     let mut text = line(record)?;
     if is_torn(&mut file)? {
         text.insert(0, '\n');
     }
     file.write_all(text.as_bytes())?;
-    file.sync_data()
+    file.sync_data()?;
+    if new { sync_directory(path) } else { Ok(()) }
+}
+
+/// Makes a name durable.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    match path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 /// Whether the last line has no end.
@@ -140,10 +150,7 @@ fn rewrite(path: &Path, records: &[Record]) -> io::Result<()> {
     }
     file.sync_all()?;
     std::fs::rename(&beside, path)?;
-    match path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-        Some(directory) => File::open(directory)?.sync_all(),
-        None => Ok(()),
-    }
+    sync_directory(path)
 }
 
 #[cfg(test)]

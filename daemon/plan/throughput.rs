@@ -285,9 +285,11 @@ impl Record {
             && self.energy.is_none_or(|energy| sound(&[energy.gross.0, energy.above_idle.0]))
     }
 
-    /// Power while it computed, in W: gross, and above idle.
+    /// Power while it computed or prepared, in W: gross, and above idle.
     fn watts(&self) -> Option<(f64, f64)> {
-        let (energy, seconds) = (self.energy?, self.measured.seconds());
+        let Measured { preparations, .. } = self.measured;
+        // What a run's tokens took, its preparations took a part of.
+        let (energy, seconds) = (self.energy?, self.measured.seconds() + preparations.seconds);
         let rate = self.measured.tokens as f64 / seconds;
         (rate.is_finite() && rate > 0.0).then_some((energy.gross.0 * rate, energy.above_idle.0 * rate))
     }
@@ -681,14 +683,22 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn power_is_what_the_tokens_took_while_it_computed() {
-        // 400 tokens of 10 J in 0.24 + 0.5 + 2 s of computing.
+    fn power_is_what_the_tokens_took_while_it_prepared_and_computed() {
+        // 400 tokens of 10 J in 3 s of preparation and 0.24 + 0.5 + 2 s of computing.
         let energy = Some(PerToken { gross: Joules(10.0), above_idle: Joules(8.0) });
         let metered = Record { energy, ..record(1, 1.0) };
         let speed = Speed::of(&[metered, record(2, 1.0)], &setup(), &Machine::default(), None).unwrap();
         let (gross, above_idle) = speed.watts.unwrap();
-        close(gross, 4000.0 / 2.74);
-        close(above_idle, 3200.0 / 2.74);
+        close(gross, 4000.0 / 5.74);
+        close(above_idle, 3200.0 / 5.74);
+        // The same run again takes the same energy.
+        let work = Workload {
+            steps: 1,
+            train: Amount { batches: 4, gflop: 100.0, gigabytes: 0.0 },
+            saves: 1,
+            ..Workload::default()
+        };
+        close(gross * speed.parts(&work).total(), 4000.0);
     }
 
     #[test]

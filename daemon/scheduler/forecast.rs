@@ -14,7 +14,7 @@ use crate::config::budget::{Budget, Window};
 use crate::governor::energy::night_of;
 use crate::plan::page::{self, Calendar, EnergyFacts, Limit, Night, Page, Refusal, Survey, Time, length};
 use crate::plan::roofline::Device;
-use crate::plan::throughput::{Likeness, Machine, Speed};
+use crate::plan::throughput::{Likeness, Machine, Speed, Workload};
 use crate::units::Joules;
 use jiff::civil::Date;
 use jiff::{SignedDuration, Timestamp, ToSpan, ZonedDateTime};
@@ -326,6 +326,14 @@ pub struct Known {
     pub device: Option<Device>,
 }
 
+impl Known {
+    /// The speed of a workload that was just prepared in so many seconds: as measured, or else as predicted.
+    fn of(&self, work: &Workload, prepared_in: f64) -> Option<Speed> {
+        let predicted = || self.device.as_ref().map(|device| Speed::predicted(work, device));
+        self.speed.clone().or_else(predicted).map(|speed| speed.prepared_in(prepared_in))
+    }
+}
+
 /// The page of a run that would begin at `now`, and should be complete before `before`.
 pub fn page(
     survey: Survey,
@@ -345,9 +353,8 @@ pub fn page(
     };
     page.refusals.extend(memory(&page.facts));
     let work = survey.workload;
-    let measured = known.speed.clone().map(|speed| speed.prepared_in(survey.prepared_in));
-    let device = known.device.as_ref().filter(|_| measured.is_none());
-    let Some(speed) = measured.or_else(|| device.map(|device| Speed::predicted(&work, device))) else {
+    let device = known.device.as_ref().filter(|_| known.speed.is_none());
+    let Some(speed) = known.of(&work, survey.prepared_in) else {
         if before.is_some() {
             page.notes.push("whether it is complete in time is not known without the speed".into());
         }
@@ -722,6 +729,15 @@ mod tests {
     /// The demand of so many steps of a run.
     fn of_steps(demand: Demand, steps: u64) -> Demand {
         Demand { steps, seconds: demand.seconds * steps as f64 / demand.steps as f64, ..demand }
+    }
+
+    #[test]
+    fn a_prediction_takes_the_preparation_that_was_measured() {
+        let device = Some(Device { name: "a chip".into(), flops: 1e12, bandwidth: 1e11 });
+        let known = Known { device, ..Known::default() };
+        let work = Workload::default();
+        assert_eq!(known.of(&work, 7.0).unwrap().parts(&work).prepare, 7.0);
+        assert_eq!(Known::default().of(&work, 7.0), None);
     }
 
     #[test]
