@@ -157,7 +157,7 @@ impl<'a> Follower<'a> {
         let mut looks = 0;
         loop {
             tokio::select! {
-                message = signals.next() => match message {
+                message = signals.recv() => match message {
                     Some(message) => follower.hear(&message.map_err(Failure::from)?).await?,
                     None => return Err(cut().into()),
                 },
@@ -318,10 +318,27 @@ fn cut() -> Failure {
 }
 
 /// Every signal of the daemon's objects.
-async fn signals(client: &Client) -> Result<MessageStream, Failure> {
+///
+/// They are taken off the connection by a task of their own: what it keeps for who does not look is bounded, and answers
+/// would wait behind it.
+async fn signals(client: &Client) -> Result<mpsc::UnboundedReceiver<zbus::Result<Message>>, Failure> {
     let rule = MatchRule::builder().msg_type(Type::Signal).path_namespace(ROOT);
     // On a bus anybody may send signals. Without one nobody else can, and none has a sender.
     let rule = if client.connection.is_bus() { rule.sender(NAME) } else { rule };
     let rule = rule.build().map_err(Failure::from)?;
-    client.answer(MessageStream::for_match_rule(rule, &client.connection, None)).await
+    let mut stream = client.answer(MessageStream::for_match_rule(rule, &client.connection, None)).await?;
+    let (sender, signals) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let message = tokio::select! {
+                message = stream.next() => message,
+                () = sender.closed() => return,
+            };
+            let Some(message) = message else { return };
+            if sender.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(signals)
 }
