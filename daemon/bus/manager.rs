@@ -147,7 +147,12 @@ impl Manager {
             deadline_us: 0,
             hold: false,
         };
-        Ok(self.context.runs.plan(PlanRequest { submission, probe, before_us }).await?)
+        let request = PlanRequest { submission, probe, before_us };
+        tokio::select! {
+            plan = self.context.runs.plan(request) => Ok(plan?),
+            // Nobody waits for it any more, and it has the device.
+            () = run::gone(&caller, connection) => Err(Error::Failed("the caller is gone".into())),
+        }
     }
 
     /// All runs, oldest first, each with the properties of the Run interface and `Path` (o). Options: `unfinished` (b).

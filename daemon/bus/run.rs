@@ -106,7 +106,7 @@ pub(super) async fn withdraw(connection: &Connection, id: &RunId) -> zbus::Resul
 }
 
 /// Returns when the caller has left its connection: nobody waits for the answer any more.
-async fn gone(caller: &Caller, connection: &Connection) {
+pub(super) async fn gone(caller: &Caller, connection: &Connection) {
     let left = async {
         let rule = MatchRule::builder()
             .msg_type(zbus::message::Type::Signal)

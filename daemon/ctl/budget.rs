@@ -7,6 +7,7 @@ use super::figures::{ago, number_of, some, text_of, time};
 use super::text;
 use crate::bus::{Dictionary, GovernorProxy};
 use crate::config::nearest;
+use crate::reason::Reason;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -66,6 +67,7 @@ pub async fn command(command: &BudgetCommand, context: &Context) -> Result<Code,
     let client = context.client().await?;
     let governor = client.governor_object().await?;
     let before = entries(&client, &governor).await?;
+    let lost = is_lost(&client, &governor).await;
     let (keys, changed) = match command {
         BudgetCommand::Show(arguments) => {
             show(&before, &arguments.keys, context)?;
@@ -107,7 +109,10 @@ pub async fn command(command: &BudgetCommand, context: &Context) -> Result<Code,
         context.console.json(json!({ "budget": limits }))?;
         return Ok(Exit::Done.into());
     }
-    if shown.is_empty() {
+    if lost && matches!(command, BudgetCommand::Reset(_)) {
+        // What stood in them is not known, so no limit is shown to change.
+        context.console.message("the settings that were lost are taken back: what the files say is in force");
+    } else if shown.is_empty() {
         context.console.message("nothing was set");
     }
     for (before, now) in shown {
@@ -144,6 +149,11 @@ async fn entries(client: &Client, governor: &GovernorProxy<'static>) -> Result<V
         time_us: number_of(entry, "Time"),
     };
     Ok(budget.iter().map(limit).collect())
+}
+
+/// Whether nothing trains because settings are lost.
+async fn is_lost(client: &Client, governor: &GovernorProxy<'static>) -> bool {
+    client.answer(governor.reason()).await.is_ok_and(|reason| reason == Reason::SettingsLost.word())
 }
 
 /// Keys that were set.

@@ -213,7 +213,8 @@ impl Door {
         let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
         let gone = self.ruling.has_changed().is_err();
         if gone || now.saturating_sub(last) > STALLED {
-            return Ruling { hold: Some(Reason::SensorLost), ..Ruling::FREE };
+            let lost = Some(Reason::SensorLost);
+            return Ruling { hold: lost, unfit: lost, ..Ruling::FREE };
         }
         self.ruling.borrow().clone()
     }

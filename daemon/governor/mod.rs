@@ -23,6 +23,9 @@ use crate::units::{Celsius, Joules, RunId, Watts};
 pub struct Ruling {
     /// Why nothing may compute; absent when it may.
     pub hold: Option<Reason>,
+    /// Why the machine is not fit for any work of ours, whatever the hours and the quotas say; absent when it is. What
+    /// waits for neither, as a survey does, goes by it.
+    pub unfit: Option<Reason>,
     /// Share of the time that may be computed, above 0 and at most 1, while there is no hold.
     pub duty: f64,
     /// A held run gives its memory back at once.
@@ -33,7 +36,7 @@ pub struct Ruling {
 
 impl Ruling {
     /// Nothing is in the way.
-    pub const FREE: Ruling = Ruling { hold: None, duty: 1.0, release: false, spent: None };
+    pub const FREE: Ruling = Ruling { hold: None, unfit: None, duty: 1.0, release: false, spent: None };
 }
 
 /// What the governor sees and decides, for people and the bus.

@@ -2,7 +2,7 @@
 
 use super::state::{Condition, Event, Refusal, State};
 use super::view::{
-    Board, Change, Command, Details, Inhibitor, ModelView, RequestError, RunView, Runs, Status,
+    Board, Change, Command, Details, Inhibitor, ModelView, Reply, RequestError, RunView, Runs, Status,
 };
 use crate::units::RunId;
 use std::collections::BTreeMap;
@@ -16,6 +16,8 @@ use tokio::sync::{broadcast, mpsc};
 pub struct Fake {
     runs: Runs,
     heard: Arc<Mutex<Vec<String>>>,
+    /// Plans that are never made.
+    endless: Arc<Mutex<Vec<Reply<String>>>>,
 }
 
 /// An id that ends in `number`.
@@ -58,7 +60,7 @@ pub fn start(lag: usize) -> (Runs, Fake) {
     let status = Status { active: None, state: "idle", reason: None, device: String::new(), unfinished: 0 };
     let board = Board { runs: BTreeMap::new(), status, inhibitors: Vec::new(), models: Vec::new() };
     let runs = Runs { commands, board: Arc::new(Mutex::new(board)), changes: broadcast::channel(lag).0 };
-    let fake = Fake { runs: runs.clone(), heard: Arc::default() };
+    let fake = Fake { runs: runs.clone(), heard: Arc::default(), endless: Arc::default() };
     let owner = fake.clone();
     tokio::spawn(async move {
         while let Some(command) = orders.recv().await {
@@ -72,6 +74,12 @@ impl Fake {
     /// What was asked so far.
     pub fn heard(&self) -> Vec<String> {
         self.heard.lock().unwrap().clone()
+    }
+
+    /// Plans that are never made, and how many of them nobody waits for any more.
+    pub fn endless(&self) -> (usize, usize) {
+        let endless = self.endless.lock().unwrap();
+        (endless.len(), endless.iter().filter(|reply| reply.is_closed()).count())
     }
 
     /// A new run.
@@ -162,6 +170,9 @@ impl Fake {
                     "plan {:?} by {} files {files:?} probe {} before {:?}",
                     submission.spec_name, submission.owner, request.probe, request.before_us
                 ));
+                if submission.spec == "endless" {
+                    return self.endless.lock().unwrap().push(reply);
+                }
                 let _ = reply.send(match submission.spec.as_str() {
                     "wrong" => Err(RequestError::InvalidSpec("line 1: wrong".into())),
                     _ => Ok("{\"schema\":1}".into()),
@@ -244,7 +255,7 @@ impl Fake {
                 let missing = || RequestError::NoSuchModel(format!("there is no model {name:?}"));
                 let _ = reply.send(known.then_some(()).ok_or_else(missing));
             }
-            Command::Configure(_, reply) => {
+            Command::Configure(_, reply) | Command::SetBudget(_, reply) => {
                 let _ = reply.send(Ok(()));
             }
             Command::Suspend(_, done) | Command::Shutdown(_, done) => {

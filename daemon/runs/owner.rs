@@ -468,6 +468,11 @@ impl Owner {
             Command::Configure(config, reply) => {
                 let _ = reply.send(self.configure(*config).await);
             }
+            Command::SetBudget(changed, reply) => {
+                (self.options.config.budget, self.options.config.window) = *changed;
+                self.weighed = None;
+                let _ = reply.send(Ok(()));
+            }
             Command::Suspend(reason, done) => {
                 let (why, waiting) = self.asleep.get_or_insert_with(|| (reason, Vec::new()));
                 *why = reason;
@@ -587,7 +592,7 @@ impl Owner {
                 }
             }
             let id = RunId::from_bits(bits);
-            if !self.runs.contains_key(&id) && !self.layout.run(&id).exists() {
+            if id != energy::plans() && !self.runs.contains_key(&id) && !self.layout.run(&id).exists() {
                 return Ok(id);
             }
         }
@@ -807,7 +812,9 @@ impl Owner {
     /// Answers leases: those for which the device is free now, and those that have waited too long.
     fn grant_leases(&mut self) {
         let now = Instant::now();
-        let (free, still) = (self.active.is_none(), self.active.as_ref().is_none_or(ActiveRun::is_still));
+        // The worker of a plan computes without a permit, and cannot be parked: it must be gone.
+        let free = self.is_device_free();
+        let still = self.surveys().is_none() && self.active.as_ref().is_none_or(ActiveRun::is_still);
         let mut refused = Vec::new();
         for (number, holder) in &mut self.holders {
             let granted = if holder.release { free } else { still };
@@ -826,9 +833,16 @@ impl Owner {
             }
         }
         for number in refused {
-            self.holders.remove(&number);
-            self.show_holders();
+            self.drop_hold(number);
         }
+    }
+
+    /// A hold is over; whose it was.
+    fn drop_hold(&mut self, number: u64) -> Option<Inhibitor> {
+        let Holder { inhibitor, .. } = self.holders.remove(&number)?;
+        self.options.governor.released(number, self.options.clock.monotonic());
+        self.show_holders();
+        Some(inhibitor)
     }
 
     /// The number of a new hold, and the descriptor that keeps it.
@@ -965,10 +979,8 @@ impl Owner {
                 }
             }
             Message::Released(number) => {
-                if let Some(Holder { inhibitor, .. }) = self.holders.remove(&number) {
-                    self.options.governor.released(number, self.options.clock.monotonic());
+                if let Some(inhibitor) = self.drop_hold(number) {
                     tracing::info!(who = inhibitor.who, owner = inhibitor.owner, "an inhibitor was released");
-                    self.show_holders();
                 }
             }
             Message::Taken(arrival) => self.arrived(*arrival).await,
@@ -1138,9 +1150,6 @@ impl Owner {
                 self.happened(id, event).await;
             }
         }
-        if let Some((_, waiting)) = &mut self.stopping {
-            waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
-        }
     }
 
     /// The wait before the next attempt.
@@ -1212,7 +1221,7 @@ impl Owner {
     async fn schedule(&mut self) {
         self.pace_plan().await;
         self.take_turn().await;
-        if self.active.is_none()
+        if self.is_device_free()
             && let Some((_, waiting)) = &mut self.asleep
         {
             waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
@@ -1220,9 +1229,14 @@ impl Owner {
         self.grant_leases();
     }
 
+    /// Whether no worker is there, of a run or of a plan.
+    fn is_device_free(&self) -> bool {
+        self.active.is_none() && self.surveys().is_none()
+    }
+
     async fn take_turn(&mut self) {
         if self.stopping.is_some() {
-            if self.active.is_none()
+            if self.is_device_free()
                 && let Some((_, waiting)) = &mut self.stopping
             {
                 waiting.drain(..).for_each(|done| done.send(()).unwrap_or_default());
@@ -1237,7 +1251,7 @@ impl Owner {
             let stopping = record.condition.state == State::Saving;
             Some(Active { id: active.id.clone(), priority: record.priority, stopping })
         });
-        let device_free = self.active.is_none() && self.surveys().is_none();
+        let device_free = self.is_device_free();
         // A disk that refuses a record would refuse the next one.
         let disk = self.runs.values().all(|run| !run.unsaved);
         let candidates: Vec<Candidate> = self
@@ -1307,21 +1321,19 @@ impl Owner {
 
     /// Why nothing may compute, and whether memory is to be given back at once.
     fn held(&self) -> (Option<Reason>, bool) {
-        if let Some((reason, _)) = &self.asleep {
-            // What a GPU keeps over a sleep is the driver's business: no worker is left to find out.
-            return (Some(*reason), true);
-        }
         let ruling = self.ruling();
-        let lease = self.holders.values().find(|holder| holder.lease);
-        let reason = if lease.is_some() {
-            Some(Reason::Leased)
-        } else if !self.holders.is_empty() {
-            Some(Reason::Inhibited)
-        } else {
-            ruling.hold
-        };
-        let release = self.holders.values().any(|holder| holder.release);
-        (reason, release || (ruling.hold.is_some() && ruling.release))
+        // What a GPU keeps over a sleep is the driver's business: no worker is left to find out.
+        let release = self.asleep.is_some() || self.holders.values().any(|holder| holder.release);
+        (self.claimed().or(ruling.hold), release || (ruling.hold.is_some() && ruling.release))
+    }
+
+    /// Why nothing may compute, whatever the governor says: the machine sleeps, or somebody has it.
+    fn claimed(&self) -> Option<Reason> {
+        match &self.asleep {
+            Some((reason, _)) => Some(*reason),
+            None if self.holders.values().any(|holder| holder.lease) => Some(Reason::Leased),
+            None => (!self.holders.is_empty()).then_some(Reason::Inhibited),
+        }
     }
 
     async fn park(&mut self, reason: Reason, release: bool) {
@@ -1588,7 +1600,8 @@ impl Owner {
         // A worker that prepares or saves computes, too; only a parked one does not.
         let computes = active.as_ref().and_then(|id| self.runs.get(id));
         let computes = computes.is_some_and(|run| run.record.condition.state != State::Waiting);
-        let computing = active.as_ref().filter(|_| computes).or(self.surveys());
+        let planned = self.surveys().map(|_| energy::plans());
+        let computing = active.as_ref().filter(|_| computes).or(planned.as_ref());
         self.options.governor.computes(computing, self.doing());
         let mut board = self.handle.board();
         let device = board.status.device.clone();

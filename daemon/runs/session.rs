@@ -203,7 +203,14 @@ struct Talk {
 
 impl Talk {
     async fn converse(&mut self, start: Start) -> Over {
-        match timeout(READY, self.connection.next()).await {
+        // Who has not begun has nothing to save, and whoever wants the device does not wait for its first word.
+        let Talk { connection, pace, .. } = &mut *self;
+        let abandoned = async { while pace.changed().await.is_ok() {} };
+        let first = tokio::select! {
+            first = timeout(READY, connection.next()) => first,
+            () = abandoned => return Over::Dismissed,
+        };
+        match first {
             Err(_) => return Over::Hung(format!("it did not say ready within {} s", READY.as_secs())),
             Ok(Ok(Report::Ready(ready))) if ready.version == VERSION => {
                 if let Err(error) = self.process.identify(ready.pid) {

@@ -1,6 +1,7 @@
 //! The handle to the runs: what clients of the owner may ask, and what they see.
 
 use super::state::{Ask, Refusal, State};
+use crate::config::budget::{Budget, Window};
 use crate::config::daemon::DaemonConfig;
 use crate::governor::energy::{Energy, Entry};
 use crate::reason::Reason;
@@ -301,6 +302,7 @@ pub(super) enum Command {
     AddModel(String, OwnedFd, Reply<ModelView>),
     RemoveModel(String, Reply<()>),
     Configure(Box<DaemonConfig>, Reply<()>),
+    SetBudget(Box<(Budget, Window)>, Reply<()>),
     Suspend(Reason, oneshot::Sender<()>),
     Wake,
     Shutdown(Reason, oneshot::Sender<()>),
@@ -489,6 +491,11 @@ impl Runs {
     /// and `storage.model_directories`.
     pub async fn configure(&self, config: DaemonConfig) -> Result<(), RequestError> {
         self.ask(|reply| Command::Configure(Box::new(config), reply)).await
+    }
+
+    /// Takes over another budget and other hours: deadlines and plans are held against them.
+    pub async fn set_budget(&self, budget: Budget, window: Window) -> Result<(), RequestError> {
+        self.ask(|reply| Command::SetBudget(Box::new((budget, window)), reply)).await
     }
 
     /// Has the active run saved because the machine sleeps or goes down; returns when there is no worker any more.

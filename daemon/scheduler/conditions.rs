@@ -124,18 +124,20 @@ impl Holds {
         if now.saturating_sub(readings.at) < OLD {
             next.take(conditions, readings, own, dt, now);
         }
-        let reason = if !schedule.times.at(wall) {
-            Some(Reason::OutsideWindow)
-        } else if next.supply.held && conditions.external_power {
-            Some(Reason::OnBattery)
-        } else if next.battery.held {
-            Some(Reason::BatteryLow)
-        } else if next.busy.held {
-            Some(Reason::Busy)
-        } else {
-            None
-        };
+        let reason =
+            if !schedule.times.at(wall) { Some(Reason::OutsideWindow) } else { next.unfit(conditions) };
         (next, reason)
+    }
+
+    /// Why the machine is not free for us, whatever the time is; as of the last round.
+    pub fn unfit(&self, conditions: &Conditions) -> Option<Reason> {
+        if self.supply.held && conditions.external_power {
+            Some(Reason::OnBattery)
+        } else if self.battery.held {
+            Some(Reason::BatteryLow)
+        } else {
+            self.busy.held.then_some(Reason::Busy)
+        }
     }
 
     fn take(&mut self, conditions: &Conditions, readings: &Readings, own: Own, dt: f64, now: Duration) {
@@ -242,6 +244,18 @@ mod tests {
         assert_eq!(machine.run(1), Some(Reason::OutsideWindow));
         let error = Schedule::new(&Window { times: vec!["noon".into()], ..Window::default() });
         assert!(error.unwrap_err().to_string().contains("\"noon\": at character 1"));
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_machine_is_known_outside_the_hours_too() {
+        let window = Window { times: vec!["22:00-06:00".into()], ..Window::default() };
+        let mut machine = Machine::new(Conditions::default(), window);
+        machine.wall = "2026-11-24T15:00[UTC]".parse().unwrap();
+        assert_eq!(machine.run(1), Some(Reason::OutsideWindow));
+        assert_eq!(machine.holds.unfit(&machine.conditions), None);
+        machine.readings.battery = Some(0.1);
+        assert_eq!(machine.run(1), Some(Reason::OutsideWindow));
+        assert_eq!(machine.holds.unfit(&machine.conditions), Some(Reason::BatteryLow));
     }
 
     #[test]

@@ -54,7 +54,14 @@ impl Keeper {
         let config = next.config();
         self.dial.configure(&config);
         self.show(&next);
+        let found = layers.lost().is_some() && next.lost().is_none();
         *layers = next;
+        if found {
+            tracing::info!(
+                MESSAGE_ID = messages::BUDGET_CHANGED,
+                "the settings that were lost are in force again"
+            );
+        }
         Ok(config)
     }
 
@@ -77,11 +84,19 @@ impl Keeper {
         let config = next.config();
         self.dial.configure(&config);
         // The governor holds the limits; the runs only foresee by them what will be late.
-        if let Err(error) = self.runs.configure(config).await {
+        if let Err(error) = self.runs.set_budget(config.budget, config.window).await {
             tracing::warn!("deadlines are still held against the hours of before: {error}");
         }
         self.show(&next);
+        let given_up = layers.lost().is_some() && next.lost().is_none();
         *layers = next;
+        if given_up {
+            tracing::info!(
+                MESSAGE_ID = messages::BUDGET_CHANGED,
+                WHO = format!("user {uid}"),
+                "settings that were lost were taken back by user {uid}: training may go on"
+            );
+        }
         tell(&changed, uid, until);
         Ok(())
     }

@@ -252,6 +252,8 @@ impl Rounds {
         let mut ruling = ruling(&decision);
         // What lasts longest is said first.
         let lost = config.settings_lost.as_ref().map(|_| Reason::SettingsLost);
+        let machine = self.holds.unfit(&config.conditions).or(ruling.hold);
+        ruling.unfit = lost.or(spent.filter(|spent| *spent != Reason::EnergyQuota)).or(machine);
         ruling.hold = lost.or(outside).or(spent).or(ruling.hold);
         ruling.spent = spent_run;
         let mut view = view(self.sensors.board().name, &readings, &decision);
@@ -344,6 +346,7 @@ fn ruling(decision: &Decision) -> Ruling {
     let parked = decision.duty < SMALLEST_DUTY;
     Ruling {
         hold: parked.then(|| decision.reason.unwrap_or(Reason::Thermal)),
+        unfit: None,
         duty: decision.duty.clamp(SMALLEST_DUTY, 1.0),
         release: decision.release,
         spent: None,

@@ -202,7 +202,10 @@ fn what_is_set_holds_at_once_and_after_a_restart_and_is_never_forgotten_silently
     assert!(ctl(&daemon, 2, &["budget", "set", "power=20W"]).contains("finetunectl budget reset"));
     daemon.signal("HUP");
     becomes(&daemon, &path, "waiting", "settings-lost");
-    ctl(&daemon, 0, &["budget", "reset"]);
+    let output = daemon.ctl(&["budget", "reset"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("the settings that were lost are taken back"), "{said}");
+    assert!(daemon.log().contains("settings that were lost were taken back by user"), "who did it is logged");
     becomes(&daemon, &path, "running", "");
     assert!(daemon.path("state/budget.toml.damaged").exists(), "for who wants to know what stood in it");
     ctl(&daemon, 0, &["cancel", path.as_str().rsplit('/').next().unwrap()]);

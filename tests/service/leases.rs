@@ -188,5 +188,15 @@ fn what_does_not_let_go_is_busy_and_nothing_is_held() {
         reaches(&bench.run, &["running"]).await;
         let manager = bench.daemon.manager().await;
         assert_eq!(manager.list_inhibitors().await.unwrap().len(), 0);
+        // Nor does it hold anything in the night's account.
+        let leased = || async {
+            let night = bench.governor.get_night("now".into(), HashMap::new()).await.unwrap();
+            let night: serde_json::Value = serde_json::from_str(&night).unwrap();
+            night["leases"][0]["seconds"].as_f64().unwrap()
+        };
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let before = leased().await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(leased().await, before);
     });
 }

@@ -1,7 +1,10 @@
 //! The machine sleeps and goes down: a logind that keeps to the real one's rules, on a private bus.
 
-use crate::daemon::{Bus, Daemon, PATIENCE, Transport, block_on, eventually, reaches, signal, submit};
+use crate::daemon::{
+    Bus, Daemon, PATIENCE, Transport, alive, block_on, eventually, name, reaches, signal, submit,
+};
 use crate::fixture::{Bits, checkpoints, shared};
+use crate::plan::{plan, stop_worker};
 use finetuned::bus::RunProxy;
 use std::collections::HashMap;
 use std::future::Future;
@@ -229,6 +232,20 @@ fn a_shutdown_may_be_called_off() {
         logind.tell("PrepareForShutdown", false).await;
         reaches(&run, &["running"]).await;
         logind.is_locked().await;
+    });
+}
+
+#[test]
+fn the_worker_of_a_plan_is_gone_before_the_machine_sleeps() {
+    with_logind(60, |daemon, logind| async move {
+        let manager = daemon.manager().await;
+        let asleep = async {
+            let worker = stop_worker(&daemon).await;
+            logind.prepare("PrepareForSleep").await;
+            assert!(!alive(worker), "a worker is left in a sleeping machine");
+        };
+        let (planned, ()) = tokio::join!(plan(&manager, false), asleep);
+        assert_eq!(name(planned), "Busy");
     });
 }
 

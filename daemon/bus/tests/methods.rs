@@ -112,6 +112,20 @@ async fn a_plan_takes_what_a_submission_takes() {
 }
 
 #[tokio::test]
+async fn a_plan_whose_client_is_gone_is_given_up() {
+    let bench = Bench::new(Authorization::Group);
+    let ada = bench.client(ADA, &[MEMBERS]).await;
+    let manager = ada.manager().await;
+    let asked =
+        tokio::spawn(async move { manager.plan("endless".into(), files(&[]), Dictionary::new()).await });
+    eventually("the plan", async || bench.fake.endless() == (1, 0)).await;
+    asked.abort();
+    let _ = asked.await;
+    drop(ada);
+    eventually("its end", async || bench.fake.endless() == (1, 1)).await;
+}
+
+#[tokio::test]
 async fn runs_are_steered() {
     let bench = Bench::new(Authorization::Group);
     bench.fake.add(queued(1, ADA));

@@ -14,7 +14,7 @@
 use super::{Message, Owner, forward, on_disk, wall_us};
 use crate::checkpoint::FileError;
 use crate::plan::history::{self, NAME};
-use crate::plan::page::Survey;
+use crate::plan::page::{Facts, Survey};
 use crate::plan::roofline::Device;
 use crate::plan::throughput::{Machine, Measured, Origin, PerToken, Record};
 use crate::plan::{Page, Speed};
@@ -33,9 +33,6 @@ use tokio::time::Instant;
 /// Longest time for a plan, from the copies to the last micro-batch of a probe.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 
-/// Holds under which a run may still be surveyed: it is not the time for training, for want of hours or energy.
-const HARMLESS: [Reason; 2] = [Reason::OutsideWindow, Reason::EnergyQuota];
-
 /// A plan in the making.
 pub(super) struct Planning {
     id: RunId,
@@ -47,6 +44,10 @@ pub(super) struct Planning {
     base: String,
     /// Absent while the inputs are copied, and when its worker has been told to go.
     session: Option<Session>,
+    /// The run that had memory when it was surveyed.
+    beside: Option<RunId>,
+    /// Its worker was started, and is not known to be gone.
+    worker: bool,
     /// Absent when it is answered.
     reply: Option<Reply<String>>,
 }
@@ -55,7 +56,7 @@ pub(super) struct Planning {
 struct Grounds {
     survey: Survey,
     measured: Option<Measured>,
-    unmeasured: Option<String>,
+    notes: Vec<String>,
     outlook: Outlook,
     before: Option<Timestamp>,
     history: PathBuf,
@@ -73,9 +74,9 @@ impl Planning {
 impl Owner {
     /// Checks and has the files copied; [`Self::plan_inputs`] goes on.
     pub(super) fn plan(&mut self, request: PlanRequest, reply: Reply<String>) {
-        let before = request.before_us.map(|us| Timestamp::from_microsecond(us as i64)).transpose();
+        let before = request.before_us.map(moment).transpose();
         let admitted = match before {
-            Err(_) => Err(RequestError::InvalidInput("the option \"before\" is beyond the calendar".into())),
+            Err(error) => Err(error),
             Ok(before) => self.plan_admitted(request.probe).map(|()| before),
         };
         let started = admitted.and_then(|before| Ok((before, self.new_id()?)));
@@ -96,6 +97,8 @@ impl Owner {
             incoming,
             base,
             session: None,
+            beside: None,
+            worker: false,
             reply: Some(reply),
         });
         tokio::task::spawn_blocking(move || {
@@ -112,11 +115,8 @@ impl Owner {
         if self.planning.is_some() {
             return Err(RequestError::Busy("another plan is being made: try again when it is done".into()));
         }
-        if let Some(active) = self.active.as_ref().filter(|_| probe) {
-            return Err(RequestError::Busy(format!(
-                "run {} has the device: a probe needs it; plan without one, or pause the run",
-                active.id
-            )));
+        if let Some(error) = self.occupied().filter(|_| probe) {
+            return Err(error);
         }
         match self.plan_held(probe) {
             None => Ok(()),
@@ -127,17 +127,35 @@ impl Owner {
         }
     }
 
-    /// Why a plan may not go on.
+    /// A probe trains, and so needs the device for itself.
+    fn occupied(&self) -> Option<RequestError> {
+        let active = self.active.as_ref()?;
+        Some(RequestError::Busy(format!(
+            "run {} has the device: a probe needs it; plan without one, or pause the run",
+            active.id
+        )))
+    }
+
+    /// Why a plan may not go on. A survey waits for no hours and no energy.
     fn plan_held(&self, probe: bool) -> Option<Reason> {
-        self.held().0.filter(|reason| probe || !HARMLESS.contains(reason))
+        if probe { self.held().0 } else { self.claimed().or(self.ruling().unfit) }
     }
 
     /// The inputs are there, or not: a worker is started.
     pub(super) async fn plan_inputs(&mut self, id: RunId, taken: Result<String, RequestError>) {
-        let Some(planning) = self.planning.as_mut().filter(|planning| planning.id == id) else { return };
+        // A run may have begun while the inputs were copied.
+        let (occupied, beside) = (self.occupied(), self.active.as_ref().map(|active| active.id.clone()));
+        let Some(planning) = self.planning.as_mut().filter(|planning| planning.id == id) else {
+            // It was given up.
+            return self.remove_copies(self.layout.incoming(&id)).await;
+        };
         if planning.reply.is_none() {
             return self.plan_over().await;
         }
+        let taken = match occupied.filter(|_| planning.probe) {
+            Some(error) => Err(error),
+            None => taken,
+        };
         let spec = match taken {
             Ok(spec) => spec,
             Err(error) => {
@@ -160,7 +178,7 @@ impl Owner {
             start,
             self.options.config.worker.clone(),
         );
-        planning.session = Some(session);
+        (planning.session, planning.worker, planning.beside) = (Some(session), true, beside);
         tokio::spawn(forward(id, events, self.events.clone()));
     }
 
@@ -195,16 +213,17 @@ impl Owner {
     }
 
     fn plan_surveyed(&mut self, mut survey: Survey, measured: Option<Measured>, unmeasured: Option<String>) {
-        let Some(reply) = self.planning.as_mut().and_then(|planning| planning.reply.take()) else { return };
-        if let Some(planning) = &self.planning {
-            // Where the copy lay is nobody's business.
-            survey.facts.base.path.clone_from(&planning.base);
-        }
+        let Some(planning) = &mut self.planning else { return };
+        let Some(reply) = planning.reply.take() else { return };
+        // Where the copy lay is nobody's business.
+        survey.facts.base.path.clone_from(&planning.base);
+        let mut notes = Vec::from_iter(unmeasured.map(|why| format!("nothing was measured: {why}")));
+        notes.extend(planning.beside.as_ref().and_then(|run| beside(&mut survey.facts, run)));
         let now = Timestamp::try_from(self.options.clock.wall()).unwrap_or(Timestamp::UNIX_EPOCH);
         let grounds = Grounds {
             survey,
             measured,
-            unmeasured,
+            notes,
             outlook: self.outlook(),
             before: self.planning.as_ref().and_then(|planning| planning.before),
             history: self.history(),
@@ -219,14 +238,18 @@ impl Owner {
         let Some(planning) = &self.planning else { return };
         let held = self.plan_held(planning.probe);
         let late = planning.since.elapsed() > LIMIT;
-        let refused = match held {
-            _ if planning.reply.is_none() => None,
+        let refused = match (&planning.reply, held) {
+            (None, _) => None,
+            // Nobody waits for it any more.
+            (Some(reply), _) if reply.is_closed() => Some(RequestError::Busy("the plan was given up".into())),
             _ if self.stopping.is_some() => Some(RequestError::ShuttingDown),
-            Some(reason) => Some(RequestError::Busy(format!("the plan was ended ({reason}): try later"))),
-            None if late => {
+            (_, Some(reason)) => {
+                Some(RequestError::Busy(format!("the plan was ended ({reason}): try later")))
+            }
+            (_, None) if late => {
                 Some(RequestError::Failed(format!("no plan was made within {} s", LIMIT.as_secs())))
             }
-            None => None,
+            (_, None) => None,
         };
         if let Some(refused) = refused {
             self.plan_answer(Err(refused));
@@ -246,9 +269,9 @@ impl Owner {
         }
     }
 
-    /// The plan whose worker is there. What it takes is booked under its own id, and so counts to the night.
+    /// The plan whose worker is there, until it is known to be gone. What it takes is booked under its own id, and so counts to the night.
     pub(super) fn surveys(&self) -> Option<&RunId> {
-        self.planning.as_ref().filter(|planning| planning.session.is_some()).map(|planning| &planning.id)
+        self.planning.as_ref().filter(|planning| planning.worker).map(|planning| &planning.id)
     }
 
     fn plan_answer(&mut self, answer: Result<String, RequestError>) {
@@ -257,9 +280,14 @@ impl Owner {
         }
     }
 
-    /// Removes the copies.
+    /// Its worker, if it had one, is gone: removes the copies.
     async fn plan_over(&mut self) {
-        let Some(Planning { incoming, .. }) = self.planning.take() else { return };
+        if let Some(Planning { incoming, .. }) = self.planning.take() {
+            self.remove_copies(incoming).await;
+        }
+    }
+
+    async fn remove_copies(&mut self, incoming: PathBuf) {
         let swept = on_disk(move || match std::fs::remove_dir_all(&incoming) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(FileError::new("remove", &incoming, error))
@@ -312,6 +340,12 @@ impl Owner {
     }
 }
 
+/// A moment in microseconds since 1970.
+fn moment(us: u64) -> Result<Timestamp, RequestError> {
+    let at = i64::try_from(us).ok().and_then(|us| Timestamp::from_microsecond(us).ok());
+    at.ok_or_else(|| RequestError::InvalidInput("the option \"before\" is beyond the calendar".into()))
+}
+
 /// The base that a spec names, as it writes it.
 fn base_of(spec: &str) -> String {
     let base = spec.parse::<toml::Table>().ok().and_then(|spec| {
@@ -321,9 +355,21 @@ fn base_of(spec: &str) -> String {
     base.unwrap_or_default()
 }
 
+/// Memory that a run had while another was surveyed is free when that one begins, and how much it was is not known: a run
+/// that does not fit into the rest is not refused.
+fn beside(facts: &mut Facts, run: &RunId) -> Option<String> {
+    let memory = &mut facts.memory;
+    let available = memory.available.filter(|_| memory.fits == Some(false))?;
+    (memory.fits, facts.change) = (None, None);
+    Some(format!(
+        "{available} are available beside run {run}, which has memory of its own: whether this one fits when that is \
+         over is not known"
+    ))
+}
+
 /// The page, as JSON.
 fn answer(grounds: Grounds) -> Result<String, RequestError> {
-    let Grounds { survey, measured, unmeasured, outlook, before, history, now, time_us } = grounds;
+    let Grounds { survey, measured, notes, outlook, before, history, now, time_us } = grounds;
     let (records, damaged) = history::read(&history).unwrap_or_else(|error| {
         tracing::warn!("{error}");
         (Vec::new(), 0)
@@ -352,7 +398,7 @@ fn answer(grounds: Grounds) -> Result<String, RequestError> {
     }
     let device = Device::of_machine(&survey.setup, &outlook.machine);
     let mut page: Page = forecast::page(survey, &Known { speed, probed, device }, &outlook, before, &now);
-    page.notes.extend(unmeasured.map(|why| format!("nothing was measured: {why}")));
+    page.notes.extend(notes);
     serde_json::to_string(&page)
         .map_err(|error| RequestError::Failed(format!("the plan cannot be written: {error}")))
 }
