@@ -211,7 +211,7 @@ fn a_step_runs_under_the_sanitizers() {
         return; // this is that process
     }
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["cuda::the_cut_into_micro_batches_does_not_change_a_bit", "--exact"])
+        .args(["cuda::cuda_bits_are_those_of_this_arithmetic", "--exact"])
         .envs(environment)
         .output()
         .unwrap();
