@@ -431,3 +431,47 @@ impl Share {
         share
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Bytes;
+
+    #[test]
+    fn what_a_run_beside_it_holds_refuses_no_plan() {
+        let rows = |n: u64| {
+            serde_json::json!({
+                "rows": n, "tokens": n, "trainable_tokens": n, "dropped_overlap": 0, "duplicates": 0, "tokens_cut": 0,
+                "share_truncated": 0.0, "share_masked": 0.5, "median": 1, "p95": 1, "longest": 1, "histogram": [],
+            })
+        };
+        let mut facts: Facts = serde_json::from_value(serde_json::json!({
+            "run": "tiny",
+            "base": {
+                "path": "model", "hash": "e2", "model_type": "llama", "layers": 2, "hidden_size": 32, "vocab_size": 259,
+                "quantization": "nf4", "double_quant": true,
+            },
+            "adapter": { "r": 4, "alpha": 8.0, "target_modules": ["q_proj"], "layers": null },
+            "parameters": { "trainable": 1, "total": 10, "share": 0.1 },
+            "data": { "train": rows(22), "eval": null },
+            "steps": {
+                "total": 7, "epochs": 2.0, "tokens_per_epoch": 9, "sequences_per_epoch": 8, "sequences_per_step": 8,
+                "micro_batch_size": 2, "sequence_length": 144,
+            },
+            "memory": {
+                "parts": [], "total": 4096, "available": 1024, "fits": false, "recompute": true,
+                "gradient_checkpointing": "auto", "micro_batch": { "tokens": 288, "labelled": 144, "longest": 109 },
+            },
+            "change": { "set": ["data.sequence_length=64"], "total": 1000, "same_result": false },
+        }))
+        .unwrap();
+        let run = RunId::from_bits([7; 6]);
+        let note = beside(&mut facts, &run).unwrap();
+        assert!(note.starts_with("1.0 KiB are available beside run 070707070707"), "{note}");
+        assert_eq!((facts.memory.fits, facts.memory.available), (None, Some(Bytes(1024))));
+        assert_eq!(facts.change, None);
+        facts.memory.fits = Some(true);
+        assert_eq!(beside(&mut facts, &run), None, "what fits beside it fits");
+        assert_eq!(facts.memory.fits, Some(true));
+    }
+}
