@@ -21,7 +21,7 @@
 //! | [`tiles`] | which kernel for which shape, as data with its provenance |
 //! | [`tuned`] | tables of tiles that were measured on a device |
 //! | [`ops`] | one function an operation |
-//! | [`bench`] | how fast they are, beside the ceilings of the device |
+//! | [`mod@bench`] | how fast they are, beside the ceilings of the device |
 //! | `simt`, `libcuda` | the stand-ins for tests: for a GPU, and for the driver's library (feature `simt`) |
 //!
 //! No CUDA toolkit is needed to build this and none to run it: libcuda and NVRTC are loaded when they are asked for.

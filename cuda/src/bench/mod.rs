@@ -55,7 +55,7 @@ pub struct Options {
     pub kernels: Vec<String>,
     /// Samples of an operation.
     pub samples: usize,
-    /// Seconds of an operation, unless [`LEAST`] samples take longer.
+    /// Seconds of an operation, unless `LEAST` samples take longer.
     pub seconds: f64,
     /// Bytes that a flush writes; `None`: by the size of the cache.
     pub flush: Option<u64>,
