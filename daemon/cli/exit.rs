@@ -140,8 +140,11 @@ impl From<PrepareError> for Failure {
             (PrepareError::Data(DataError::Store(_)), _) => true,
             _ => false,
         };
+        let no_gpu = matches!(error, PrepareError::Device(_));
         let failure = Failure::new(error).exit(exit);
-        if in_cache {
+        if no_gpu {
+            failure.help("train.backend = \"cpu\" computes without it, much slower")
+        } else if in_cache {
             failure.help("set FINETUNED_CACHE_DIR to a directory with room that can be written")
         } else {
             failure

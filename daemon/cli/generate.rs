@@ -115,7 +115,8 @@ pub fn command(arguments: &GenerateArguments) -> Result<Exit, Failure> {
         double_quant: true,
     };
     let cache = arguments::cache_dir()?;
-    let mut note = |text: String| console::message(&text);
+    // An answer needs no word on where it comes from; `finetuned run` says it.
+    let mut note = |text: String| tracing::info!("{text}");
     let chosen = device::choose(arguments.backend.into(), ComputeDtype::Auto, &cache, &mut note)?;
     device::with_backend!(chosen, backend => {
         let clock = SystemClock::new();
