@@ -913,9 +913,9 @@ impl Backend for Cuda {
         let mut scratch = self.scratch.borrow_mut();
         let partials = scratch.squares.at_least(&self.slabs, SQUARES);
         let mut norm = done(partials.slice(adamw::PARTIALS, 1));
-        let mut partials = done(partials.slice(0, adamw::PARTIALS));
+        let partials = done(partials.slice(0, adamw::PARTIALS));
         let len = value.value.len();
-        done(adamw::adamw(step, len, &gradient.value, &mut parameters, &mut partials, &mut norm));
+        done(adamw::adamw_clipped(step, len, &gradient.value, &mut parameters, &partials, &mut norm));
     }
 }
 

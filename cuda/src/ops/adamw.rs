@@ -110,14 +110,46 @@ pub fn adamw(
     partial: &mut Buffer<f64>,
     norm: &mut Buffer<f64>,
 ) -> Result<(), Error> {
+    let parts = square_sum(len, gradient, partial)?;
+    launch(step, len, gradient, parameters, partial, parts, norm)
+}
+
+/// [`adamw`] where the norm is known and `step.scale` has the clipping in it: one launch. `step.max_norm` is 0; `partial` and
+/// `norm` are not read, and `norm[0]` is 0 afterwards.
+pub fn adamw_clipped(
+    step: Step,
+    len: usize,
+    gradient: &Buffer<f32>,
+    parameters: &mut Parameters,
+    partial: &Buffer<f64>,
+    norm: &mut Buffer<f64>,
+) -> Result<(), Error> {
+    if step.max_norm != 0.0 {
+        return Err(
+            Operation("adamw").error(format!("clips to {}, without a norm to clip by", step.max_norm))
+        );
+    }
+    launch(step, len, gradient, parameters, partial, 0, norm)
+}
+
+/// The update, with a norm of `parts` partial sums.
+fn launch(
+    step: Step,
+    len: usize,
+    gradient: &Buffer<f32>,
+    parameters: &mut Parameters,
+    partial: &Buffer<f64>,
+    parts: usize,
+    norm: &mut Buffer<f64>,
+) -> Result<(), Error> {
     let operation = Operation("adamw");
+    operation.has("gradient", gradient, len)?;
     operation.has("value", &parameters.value, len)?;
     operation.has("working", &parameters.working, len)?;
     operation.has("m", &parameters.m, len)?;
     operation.has("v", &parameters.v, len)?;
     operation.has("norm", norm, 1)?;
-    let parts = square_sum(len, gradient, partial)?;
-    if parts == 0 {
+    if len == 0 {
         return Ok(());
     }
     let constants = step.constants();

@@ -1,5 +1,5 @@
 use crate::harness::{ReadBack, Values, counted, everywhere, poisoned, random, same_bits, upload_f32};
-use finetuned_cuda::ops::adamw::{PARTIALS, Parameters, Step, adamw, square_sum};
+use finetuned_cuda::ops::adamw::{PARTIALS, Parameters, Step, adamw, adamw_clipped, square_sum};
 use finetuned_cuda::{Buffer, Device};
 use half::bf16;
 
@@ -138,6 +138,31 @@ fn the_sum_of_squares_has_one_order_for_a_length() {
             let (found, sum) = (outputs[0].1.f64(), random(70_001, 3).iter().map(|v| v * v).sum::<f64>());
             assert_eq!(found.len(), 69, "{device}: chunks of 1024");
             assert!((found.iter().sum::<f64>() - sum).abs() <= 1e-12 * sum, "{device}");
+        },
+    );
+}
+
+#[test]
+fn a_step_whose_norm_is_known_needs_no_sum() {
+    let len = 5000;
+    let gradient = random(len, 2);
+    let (p, m, v) = expected(len, &gradient, 0.0, 0.0);
+    everywhere(
+        |device| {
+            let (gradient, mut state) = (upload_f32(device, &gradient), parameters(device, len));
+            // Nothing of it may be read.
+            let (partial, mut norm) = (poisoned(device, PARTIALS), poisoned(device, 1));
+            for number in 1..=2 {
+                adamw_clipped(step(number, 0.0), len, &gradient, &mut state, &partial, &mut norm)?;
+            }
+            let refused = adamw_clipped(step(1, 1.0), len, &gradient, &mut state, &partial, &mut norm);
+            assert!(refused.unwrap_err().to_string().contains("without a norm"));
+            Ok(vec![("value", state.value.all()), ("m", state.m.all()), ("v", state.v.all())])
+        },
+        |device, outputs| {
+            for (output, expected) in outputs.iter().zip([&p, &m, &v]) {
+                same_bits(&format!("{device}: {}", output.0), &output.1, &Values::F32(expected.clone()));
+            }
         },
     );
 }
